@@ -1,0 +1,203 @@
+"""The variant bank: every expert in every format, quantized once, chosen by an index.
+
+An expert at one width is a *virtual expert*: a layer of E experts and B formats is one MoE layer
+of E * B experts, and a bit map only remaps the router's indices (``e * B + format``). Changing
+bits costs nothing, and the matrix products are those of transformers' ``grouped_mm``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from dmpq.formats import Menu
+from dmpq.moe import Experts, MoEModel
+from dmpq.quantization import QuantizedTensor, pack_codes, quantize, unpack_codes
+
+DEFAULT_BANK_MEMORY: Final = 8 * 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """A quantized tensor with its codes packed densely; ``None`` stands for full precision."""
+
+    tensor: QuantizedTensor
+    codes: torch.Tensor
+
+    @classmethod
+    def of(cls, quantized: QuantizedTensor) -> _Packed:
+        bits = quantized.format.bits
+        packed = pack_codes(quantized.codes, bits)
+        empty = quantized.codes.new_empty(0)
+        bare = QuantizedTensor(empty, quantized.scale, quantized.zero, quantized.format)
+        return cls(bare, packed)
+
+    def expert(self, index: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return one expert's weights, (out, in)."""
+        bare = self.tensor
+        zero = None if bare.zero is None else bare.zero[index]
+        codes = unpack_codes(self.codes[index], bare.format.bits)
+        return QuantizedTensor(codes, bare.scale[index], zero, bare.format).dequantize(dtype)
+
+
+class LayerBank:
+    """All variants of one MoE layer, and the experts forward that chooses among them.
+
+    Args:
+        experts: The layer's container.
+        menu: Formats on offer.
+        dense: Keep variants dequantized (fast), or packed and dequantized at each forward.
+    """
+
+    def __init__(self, experts: Experts, menu: Menu, *, dense: bool) -> None:
+        self.experts = experts
+        self.menu = menu
+        self.selected: torch.Tensor | None = None
+        self._choice = torch.zeros(1, experts.num_experts, 2, dtype=torch.int64)
+        self._packed: list[tuple[_Packed, _Packed] | None] = []
+        self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
+        dtype = experts.down.dtype
+        variants: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for fmt in menu.formats:
+            if fmt.is_full:
+                self._packed.append(None)
+                variants.append((experts.gate_up, experts.down))
+                continue
+            up, down = (quantize(w, fmt, menu) for w in (experts.gate_up, experts.down))
+            if dense:
+                variants.append((up.dequantize(dtype), down.dequantize(dtype)))
+            else:
+                self._packed.append((_Packed.of(up), _Packed.of(down)))
+        if dense:
+            up_stack, down_stack = (
+                torch.stack(tensors, 1).flatten(0, 1) for tensors in zip(*variants, strict=True)
+            )
+            self._dense = (up_stack, down_stack)
+
+    @cached_property
+    def _virtual(self) -> SimpleNamespace:
+        assert self._dense is not None
+        return self.experts.stacked(*self._dense, copies=len(self.menu))
+
+    def choose(self, formats: NDArray[np.integer]) -> None:
+        """Set the formats to run with, (K, E, 2); row block k of the batch gets map k."""
+        self._choice = torch.from_numpy(np.ascontiguousarray(formats, dtype=np.int64))
+
+    def __call__(
+        self, _module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the layer under the chosen formats; the signature of the experts interface."""
+        self.selected = index
+        choice = self._choice.to(index.device)
+        same = torch.equal(choice[..., 0], choice[..., 1])
+        if same and self._dense is not None:
+            formats = choice[..., 0]
+            if len(formats) == 1:
+                chosen = formats[0][index]
+            else:
+                rows = index.view(len(formats), -1)
+                chosen = formats.gather(1, rows).view_as(index)
+            virtual = index * len(self.menu) + chosen
+            return grouped_mm_experts_forward(self._virtual, hidden, virtual, weights)
+        blocks = zip(
+            choice,
+            hidden.chunk(len(choice)),
+            index.chunk(len(choice)),
+            weights.chunk(len(choice)),
+            strict=True,
+        )
+        return torch.cat([self._run_selected(*block) for block in blocks])
+
+    def _run_selected(
+        self,
+        choice: torch.Tensor,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        view = self.experts.stacked(*self.select(choice))
+        return grouped_mm_experts_forward(view, hidden, index, weights)
+
+    def select(self, choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the weights of one map, (E, out, in) each for gate+up and down.
+
+        Args:
+            choice: int64 (E, 2), formats of gate+up and of down.
+        """
+        up, down = (
+            torch.stack([self._variant(e, side, int(f)) for e, f in enumerate(choice[:, side])])
+            for side in (0, 1)
+        )
+        return up, down
+
+    def variant(self, expert: int, fmt: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return one expert's gate+up and down weights in a format, or as the checkpoint has them.
+
+        Args:
+            expert: Index in the layer.
+            fmt: Index on the menu; ``None`` for the checkpoint's own weights.
+        """
+        if fmt is None:
+            return self.experts.gate_up[expert], self.experts.down[expert]
+        return self._variant(expert, 0, fmt), self._variant(expert, 1, fmt)
+
+    def _variant(self, expert: int, side: int, fmt: int) -> torch.Tensor:
+        if self._dense is not None:
+            return self._dense[side][expert * len(self.menu) + fmt]
+        packed = self._packed[fmt]
+        full = (self.experts.gate_up, self.experts.down)[side]
+        return full[expert] if packed is None else packed[side].expert(expert, full.dtype)
+
+
+class Bank:
+    """All variants of all experts of a model.
+
+    Args:
+        moe: The model.
+        menu: Formats on offer.
+        memory_bytes: Variants are kept dequantized where they fit into this much memory, else
+            packed.
+        progress: Called with the number of layers done, and of all layers.
+    """
+
+    def __init__(
+        self,
+        moe: MoEModel,
+        menu: Menu,
+        *,
+        memory_bytes: float = DEFAULT_BANK_MEMORY,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.moe = moe
+        self.menu = menu
+        itemsize = moe.containers[0].down.element_size()
+        self.dense = moe.spec.expert_parameters * len(menu) * itemsize <= memory_bytes
+        self.layers: list[LayerBank] = []
+        for experts in moe.containers:
+            self.layers.append(LayerBank(experts, menu, dense=self.dense))
+            if progress is not None:
+                progress(len(self.layers), len(moe.containers))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Run the model's experts through the bank while the block lasts."""
+        with self.moe.experts_forward(self.layers):
+            yield
+
+    def choose(self, formats: NDArray[np.integer]) -> None:
+        """Set the formats of all experts for the next forward, (K, N, 2)."""
+        start = 0
+        for layer in self.layers:
+            stop = start + layer.experts.num_experts
+            layer.choose(formats[:, start:stop])
+            start = stop

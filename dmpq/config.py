@@ -1,0 +1,139 @@
+"""What a search depends on: one frozen dataclass, from which the command line is made."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import types
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final, get_args, get_type_hints
+
+_DEFAULT_AVG_BITS: Final = 3.0
+
+
+def _option(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Options of ``python -m dmpq.search``; a flag, a keyword and a field have one name.
+
+    Limits are upper limits in the units of their names; where none is given, ``avg_bits`` is 3.
+    """
+
+    hw: str = _option("a100", "device, DEVICE/STACK, or a device file (.json)")
+    model: str = _option("reference", "'reference', a local checkpoint folder, or a hub id")
+    revision: str | None = _option(None, "revision of a hub model")
+    dataset: str = _option("embedded", "'embedded', a local file or folder, or a hub name")
+    bits: str = _option("2,3,4,8,16", "formats on offer, as in 2,3,4,8,16 or 2g32,4")
+    quantizer: str = _option("hqq", "how weights are quantized", ("rtn", "hqq"))
+    symmetric: bool = _option(False, "symmetric codes, without zero-points")
+    serve: str = _option(
+        "expert", "what shares one format when served", ("expert", "projection", "layer")
+    )
+    avg_bits: float | None = _option(
+        None, "limit on effective bits per expert weight (3 where no limit is given)"
+    )
+    memory_gb: float | None = _option(None, "limit on memory, GB of 1e9 bytes")
+    latency_ms: float | None = _option(None, "limit on the time of a step, milliseconds")
+    energy_j: float | None = _option(None, "limit on the energy of a step, joules")
+    weights: str = _option("acc=1,lat=0.1,mem=0.1,eng=0.1", "weights of the reward's terms")
+    agent: str = _option("ppo", "agent by name, or module:Class for your own")
+    evaluations: int = _option(200, "true evaluations that the agent may ask for")
+    seed: int = _option(0, "seed of the calibration draw and of the agent")
+    phase: str = _option("decode", "workload: what a step is", ("decode", "prefill"))
+    batch: int = _option(1, "workload: sequences per step")
+    context: int = _option(2048, "workload: tokens of context per sequence")
+    cost_geometry: str | None = _option(
+        None,
+        "model at whose widths costs are computed, a name or config.json; 'own' for the model's "
+        "own (default: olmoe-1b-7b for the reference model, else own)",
+    )
+    profile: str | None = _option(None, "search on a saved profile, made by an earlier run")
+    profile_tokens: int = _option(8192, "calibration tokens for the profile")
+    search_tokens: int = _option(16384, "calibration tokens per evaluation")
+    selection_tokens: int = _option(16384, "fresh calibration tokens for the final choice")
+    heldout_tokens: int = _option(65536, "held-out tokens for the report")
+    sequence_length: int | None = _option(None, "tokens per window (default: the model's, <= 2048)")
+    bank_memory_gb: float = _option(8.0, "keep variants dequantized up to this much memory")
+    device: str = _option("cpu", "torch device that evaluates bit maps")
+    threads: int | None = _option(None, "CPU threads (default: torch's choice)")
+    trust_remote_code: bool = _option(False, "let code that comes with a checkpoint run")
+    out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
+
+    @property
+    def effective_avg_bits(self) -> float | None:
+        """The limit on effective bits: as given, or 3 where no other limit is."""
+        others = (self.memory_gb, self.latency_ms, self.energy_j)
+        if self.avg_bits is None and all(limit is None for limit in others):
+            return _DEFAULT_AVG_BITS
+        return self.avg_bits
+
+    @property
+    def geometry(self) -> str:
+        """The cost geometry: as given, or the default for the model."""
+        default = "olmoe-1b-7b" if self.model == "reference" else "own"
+        return self.cost_geometry or default
+
+    def digest(self) -> str:
+        """Return a hash of the whole configuration but for where it runs and writes."""
+        chosen = {k: v for k, v in asdict(self).items() if k not in _NOT_RESULTS}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+
+_NOT_RESULTS}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
+
+
+_ANSWERS: Final = (
+    "model",
+    "revision",
+    "dataset",
+    "bits",
+    "quantizer",
+    "symmetric",
+    "seed",
+    "profile_tokens",
+    "search_tokens",
+    "selection_tokens",
+    "heldout_tokens",
+    "sequence_length",
+    "device",
+)
+_NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per field of :class:`SearchConfig`, with its default and its help."""
+    hints = get_type_hints(SearchConfig)
+    for option in fields(SearchConfig):
+        flag = "--" + option.name.replace("_", "-")
+        text, choices = option.metadata["help"], option.metadata["choices"]
+        if hints[option.name] is bool:
+            parser.add_argument(flag, action="store_true", help=text)
+            continue
+        shown = "" if option.default is None else " (default: %(default)s)"
+        parser.add_argument(
+            flag,
+            type=_parser_of(hints[option.name]),
+            choices=choices,
+            default=option.default,
+            metavar=None if choices else option.name.rpartition("_")[2].upper(),
+            help=text + shown,
+        )
+
+
+def _parser_of(hint: Any) -> Any:
+    """Return the type that reads a flag: the annotation without its ``None``."""
+    if isinstance(hint, types.UnionType):
+        return next(kind for kind in get_args(hint) if kind is not type(None))
+    return hint
+
+
+def from_arguments(arguments: argparse.Namespace) -> SearchConfig:
+    """Return the configuration that the parsed flags describe."""
+    names = (option.name for option in fields(SearchConfig))
+    return SearchConfig(**{name: getattr(arguments, name) for name in names})

@@ -1,0 +1,120 @@
+"""The default text: the running interpreter's own standard library, split by module name.
+
+Every Python installation carries 10 MB or more of real text, so a run needs no download. Code is
+the source files; prose is their docstrings and the topics of ``pydoc``. A document's side
+depends only on a hash of its top-level module's name: a module keeps its side when it becomes a
+package, in every interpreter, and the reference checkpoint has seen the ``train`` side alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Final, Literal
+
+Side = Literal["train", "calibration", "heldout"]
+Kind = Literal["code", "prose"]
+
+_TRAIN_SHARE: Final = 0.76
+_CALIBRATION_SHARE: Final = 0.12
+_TABLES: Final = frozenset({"encodings", "pydoc_data", "this", "antigravity"})
+"""Generated tables and jokes, whose bytes are no natural text (``pydoc_data`` enters as prose)."""
+_TEST_FOLDERS: Final = frozenset({"test", "tests", "idle_test"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file of the standard library, or the prose taken from it.
+
+    Attributes:
+        module: Top-level module that the text belongs to; decides the side.
+        path: POSIX path below the standard library's folder.
+        kind: ``"code"`` or ``"prose"``.
+        text: The text itself.
+    """
+
+    module: str
+    path: str
+    kind: Kind
+    text: str
+
+
+def side_of(module: str) -> Side:
+    """Return the side of a top-level module, from the SHA-256 of its name alone."""
+    digest = hashlib.sha256(module.encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    if position < _TRAIN_SHARE:
+        return "train"
+    return "calibration" if position < _TRAIN_SHARE + _CALIBRATION_SHARE else "heldout"
+
+
+def _source_files(root: Path, module: str) -> list[Path]:
+    single = root / f"{module}.py"
+    if single.is_file():
+        return [single]
+    files = (root / module).rglob("*.py")
+    return sorted(f for f in files if not _TEST_FOLDERS & set(f.relative_to(root).parts))
+
+
+def _docstrings(source: str) -> str:
+    """Return a module's docstrings, one paragraph each; empty where it does not parse."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, owners))
+    return "\n\n".join(text for text in found if text)
+
+
+def _pydoc_topics() -> Iterator[Document]:
+    if importlib.util.find_spec("pydoc_data") is None:
+        return
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield Document("pydoc_data", f"pydoc_data/topics/{name}", "prose", str(topics[name]))
+
+
+@lru_cache(maxsize=1)
+def documents() -> tuple[Document, ...]:
+    """Return every document of the embedded text, in a fixed order.
+
+    Only modules that the interpreter itself calls standard are read, so that what a distribution
+    adds beside them does not enter.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found: list[Document] = []
+    for module in sorted(sys.stdlib_module_names - _TABLES - _TEST_FOLDERS):
+        if module.startswith("_sysconfigdata"):
+            continue
+        for file in _source_files(root, module):
+            text = file.read_text(encoding="utf-8", errors="replace")
+            path = file.relative_to(root).as_posix()
+            found.append(Document(module, path, "code", text))
+            prose = _docstrings(text)
+            if prose:
+                found.append(Document(module, path, "prose", prose))
+    found.extend(_pydoc_topics())
+    return tuple(found)
+
+
+def side_documents(side: Side) -> tuple[Document, ...]:
+    """Return the documents of one side, in a fixed order."""
+    return tuple(d for d in documents() if side_of(d.module) == side)
+
+
+def fingerprint(side: Side) -> dict[str, str]:
+    """Return, for each module of ``side``, the SHA-256 of its text in this interpreter."""
+    digests: dict[str, hashlib._Hash] = {}
+    for document in side_documents(side):
+        digest = digests.setdefault(document.module, hashlib.sha256())
+        digest.update(document.text.encode("utf-8", errors="replace"))
+    return {module: digest.hexdigest() for module, digest in digests.items()}

@@ -1,0 +1,91 @@
+"""The loss of bit maps: what every evaluator answers, and the additive surrogate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.profile import Profile
+
+Assignments = NDArray[np.integer]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluations:
+    """What K bit maps cost in quality.
+
+    Attributes:
+        kl: (K,), KL divergence of the full-precision next-token distribution to the map's, nats
+            per token.
+        nll: (K,), negative log-likelihood, nats per token.
+        router_shift: (K,), share of token-expert selections that the map changes; NaN where the
+            evaluator runs no model.
+        tokens: What answering cost, in FLOP-equivalents of a forwarded token; 0 where every
+            answer was known.
+    """
+
+    kl: NDArray[np.float64]
+    nll: NDArray[np.float64]
+    router_shift: NDArray[np.float64]
+    tokens: float
+
+    @property
+    def perplexity(self) -> NDArray[np.float64]:
+        """Perplexity per token, (K,)."""
+        return np.exp(self.nll)
+
+
+class Evaluator(Protocol):
+    """Measures bit maps: exact, deterministic, cached and metered."""
+
+    name: str
+
+    @property
+    def tokens_spent(self) -> float:
+        """What all answers so far have cost, in forwarded tokens."""
+
+    def evaluate(self, assignments: Assignments, *, fidelity: float = 1.0) -> Evaluations:
+        """Measure K maps.
+
+        Args:
+            assignments: (K, N) menu indices of whole experts, or (K, 2N) of gate+up and down in
+                turn.
+            fidelity: Share of the text to measure on, in (0, 1].
+        """
+
+
+class SurrogateEvaluator:
+    """The sum of the profile's sensitivities: exact where losses add up, and free.
+
+    Without projection sensitivities, an expert whose projections differ is priced at the mean of
+    the two formats' sensitivities.
+    """
+
+    name = "surrogate"
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+
+    @property
+    def tokens_spent(self) -> float:
+        """Nothing: no model runs."""
+        return 0.0
+
+    def evaluate(self, assignments: Assignments, *, fidelity: float = 1.0) -> Evaluations:
+        """Add the sensitivities up; see :meth:`Evaluator.evaluate`."""
+        del fidelity
+        profile = self._profile
+        experts = np.arange(profile.spec.num_experts)
+        maps = np.atleast_2d(assignments)
+        if maps.shape[1] == len(experts):
+            kl = profile.sensitivity[experts, maps].sum(1)
+        else:
+            both = maps.reshape(len(maps), -1, 2)
+            if profile.projection_sensitivity is None:
+                kl = profile.sensitivity[experts[:, None], both].mean(2).sum(1)
+            else:
+                kl = profile.projection_sensitivity[experts[:, None], [0, 1], both].sum((1, 2))
+        return Evaluations(kl, profile.full_nll + kl, np.full(len(maps), np.nan), 0.0)

@@ -1,0 +1,165 @@
+"""Formats on offer for an expert's weights, and what they really cost in bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.errors import InputError, unknown
+
+QuantizerName = Literal["rtn", "hqq"]
+
+QUANTIZERS: Final[tuple[QuantizerName, ...]] = ("rtn", "hqq")
+QUANTIZED_WIDTHS: Final = (2, 3, 4, 8)
+FULL_WIDTH: Final = 16
+DEFAULT_GROUP_SIZE: Final = 128
+SCALE_BITS: Final = 16
+
+_KEY: Final = re.compile(r"(?P<bits>\d+)(?:g(?P<group>\d+))?")
+
+
+@dataclass(frozen=True, order=True)
+class Format:
+    """One way to store a weight matrix.
+
+    Attributes:
+        bits: Nominal width; 16 is the checkpoint's own precision.
+        group_size: Number of consecutive input weights that share a scale.
+    """
+
+    bits: int
+    group_size: int = DEFAULT_GROUP_SIZE
+
+    def __post_init__(self) -> None:
+        if self.bits not in (*QUANTIZED_WIDTHS, FULL_WIDTH):
+            allowed = ", ".join(str(b) for b in (*QUANTIZED_WIDTHS, FULL_WIDTH))
+            raise InputError(f"Bit-width {self.bits} is not on offer; choose among {allowed}.")
+        if self.group_size < 1:
+            raise InputError(
+                f"Group size {self.group_size} is not positive; choose for example 32, 64 or 128."
+            )
+        if self.is_full and self.group_size != DEFAULT_GROUP_SIZE:
+            raise InputError("16 bits are stored without groups; write '16'.")
+
+    @classmethod
+    def parse(cls, key: str) -> Format:
+        """Return the format of a menu key such as ``"2"`` or ``"2g32"``."""
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise InputError(f"{key!r} is not a format; write for example '4' or '4g32'.")
+        return cls(int(match["bits"]), int(match["group"] or DEFAULT_GROUP_SIZE))
+
+    @property
+    def key(self) -> str:
+        """The name in a bit map: the width, and the group size where it is not the default."""
+        suffix = "" if self.group_size == DEFAULT_GROUP_SIZE else f"g{self.group_size}"
+        return f"{self.bits}{suffix}"
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the checkpoint's own precision."""
+        return self.bits == FULL_WIDTH
+
+    def group_along(self, in_features: int) -> int:
+        """Return the group size along an input of ``in_features``: never wider than the input.
+
+        Raises:
+            InputError: If the input is not a whole number of groups.
+        """
+        group = min(self.group_size, in_features)
+        if in_features % group:
+            raise InputError(
+                f"Group size {self.group_size} does not divide an input width of {in_features}; "
+                "choose a group size that does."
+            )
+        return group
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The formats among which a search chooses, cheapest first, under one quantizer.
+
+    Attributes:
+        formats: Formats by increasing width, then decreasing group size; no two alike.
+        quantizer: ``"rtn"`` or ``"hqq"``.
+        symmetric: Whether codes are symmetric around zero, so that no zero-point is stored.
+    """
+
+    formats: tuple[Format, ...] = field(
+        default_factory=lambda: tuple(Format(b) for b in (*QUANTIZED_WIDTHS, FULL_WIDTH))
+    )
+    quantizer: QuantizerName = "hqq"
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantizer not in QUANTIZERS:
+            raise unknown("quantizer", self.quantizer, QUANTIZERS)
+        if not self.formats:
+            raise InputError("The menu of bit-widths is empty; give at least one, as in '2,4,16'.")
+        ordered = tuple(sorted(set(self.formats), key=lambda f: (f.bits, -f.group_size)))
+        if len(ordered) != len(self.formats):
+            raise InputError("The menu of bit-widths names a format twice; name each once.")
+        object.__setattr__(self, "formats", ordered)
+
+    @classmethod
+    def parse(
+        cls, keys: str | Iterable[str], *, quantizer: str = "hqq", symmetric: bool = False
+    ) -> Menu:
+        """Return the menu of comma-separated keys, for example ``"2,3,4,8,16"``."""
+        if quantizer not in QUANTIZERS:
+            raise unknown("quantizer", quantizer, QUANTIZERS)
+        names = keys.split(",") if isinstance(keys, str) else list(keys)
+        formats = tuple(Format.parse(name.strip()) for name in names if name.strip())
+        return cls(formats, quantizer, symmetric)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        """Return the number of formats."""
+        return len(self.formats)
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """The key of each format."""
+        return tuple(f.key for f in self.formats)
+
+    @cached_property
+    def bits(self) -> NDArray[np.int64]:
+        """The nominal width of each format, shape (B,)."""
+        return np.array([f.bits for f in self.formats])
+
+    def index(self, key: str) -> int:
+        """Return the position of a key on the menu."""
+        if key not in self.keys:
+            raise unknown("format", key, self.keys, "Widths on offer are set with --bits.")
+        return self.keys.index(key)
+
+    def overhead_bits(self, fmt: Format) -> int:
+        """Return the bits that one group adds: a 16-bit scale, and a zero-point if asymmetric.
+
+        RTN rounds its zero-point to an integer code; HQQ's is a 16-bit float.
+        """
+        if self.symmetric:
+            return SCALE_BITS
+        return SCALE_BITS + (fmt.bits if self.quantizer == "rtn" else SCALE_BITS)
+
+    def stored_bits(self, shape: Sequence[int]) -> NDArray[np.int64]:
+        """Return the bits that a matrix of ``shape`` (out, in) takes in each format, shape (B,)."""
+        out_features, in_features = shape
+        weights = out_features * in_features
+        stored = [
+            weights * f.bits
+            if f.is_full
+            else weights * f.bits
+            + weights // f.group_along(in_features) * self.overhead_bits(f)
+            for f in self.formats
+        ]
+        return np.array(stored)
+
+    def effective_bits(self, in_features: int) -> NDArray[np.float64]:
+        """Return bits per weight, scales and zero-points included, of each format, shape (B,)."""
+        return self.stored_bits((1, in_features)) / in_features

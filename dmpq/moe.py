@@ -1,0 +1,279 @@
+"""One view on every MoE family that uses transformers' experts interface.
+
+The interface's decorator leaves flags on each experts module (``is_transposed``, ``has_gate``,
+``has_bias``...). They are all that is read here, so that no family needs code of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+
+from dmpq.errors import InputError
+from dmpq.spec import ModelSpec, MoELayer
+
+IMPLEMENTATION: Final = "dmpq"
+_FLAGS: Final = frozenset({"is_transposed", "has_gate", "has_bias", "num_experts"})
+_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_FORWARDS: Final = "_dmpq_forward"
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """All routed experts of one MoE layer.
+
+    Attributes:
+        path: Module path of the container.
+        module: The container, holding the experts' weights as 3-D parameters.
+        router: The router's weight (E, hidden), where the family keeps one in the usual place.
+    """
+
+    path: str
+    module: nn.Module
+    router: torch.Tensor | None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts, E."""
+        return self.down.shape[0]
+
+    @property
+    def _up_name(self) -> str:
+        return "gate_up_proj" if self.module.has_gate else "up_proj"
+
+    @property
+    def gate_up(self) -> torch.Tensor:
+        """Gate and up weights, or up alone, (E, out, in)."""
+        return self._oriented(getattr(self.module, self._up_name))
+
+    @property
+    def down(self) -> torch.Tensor:
+        """Down weights, (E, out, in)."""
+        return self._oriented(self.module.down_proj)
+
+    def _oriented(self, weight: Any) -> torch.Tensor:
+        """Swap the last two dimensions where the family stores (in, out)."""
+        oriented: torch.Tensor = weight.data.mT if self.module.is_transposed else weight.data
+        return oriented
+
+    def stacked(
+        self,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        copies: int = 1,
+        only: int | None = None,
+    ) -> SimpleNamespace:
+        """Return what the interface's forward reads, over other weights.
+
+        Args:
+            gate_up: (E * copies, out, in); the copies of an expert stand together.
+            down: (E * copies, out, in).
+            copies: Virtual experts per expert.
+            only: Index of the one expert that the weights belong to (E = 1); ``None`` for all.
+        """
+        module = self.module
+        view = {
+            "num_experts": len(down),
+            self._up_name: gate_up.mT if module.is_transposed else gate_up,
+            "down_proj": down.mT if module.is_transposed else down,
+            "_apply_gate": module._apply_gate,
+            "act_fn": module.act_fn,
+            "_is_expert_parallel": False,
+            **{flag: getattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")},
+            "has_post_expert_norm": getattr(module, "has_post_expert_norm", False),
+        }
+        if module.has_bias:
+            for name in (f"{self._up_name}_bias", "down_proj_bias"):
+                bias = getattr(module, name) if only is None else getattr(module, name)[only, None]
+                view[name] = bias.repeat_interleave(copies, 0)
+        if view["has_post_expert_norm"]:
+            view["post_expert_norm"] = module.post_expert_norm
+        return SimpleNamespace(**view)
+
+
+def _dispatch(
+    module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Run an experts module by the function attached to it, else as the model would."""
+    forward = vars(module).get(_FORWARDS, grouped_mm_experts_forward)
+    result: torch.Tensor = forward(module, hidden, index, weights)
+    return result
+
+
+ExpertsInterface.register(IMPLEMENTATION, _dispatch)
+
+
+class MoEModel:
+    """A transformers model with its experts found and its experts forward replaceable.
+
+    Args:
+        model: A causal language model of a family that uses the experts interface.
+        name: What to call it in results.
+        revision: Revision of a hub model, where there is one.
+
+    Raises:
+        InputError: If the model has no experts, or keeps them outside the interface.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, name: str, revision: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.revision = revision
+        self.containers = _find_containers(model)
+        if not self.containers:
+            raise _no_experts(model, name)
+        model.set_experts_implementation(IMPLEMENTATION)
+        for experts in self.containers:
+            used = experts.module.config._experts_implementation
+            if used != IMPLEMENTATION:
+                raise InputError(
+                    f"{experts.path} of {name} ignores the experts interface (it uses {used!r}); "
+                    "this family is not supported."
+                )
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        """The model's geometry, the experts' shapes read off their weights."""
+        paths = [experts.path for experts in self.containers]
+        spec = ModelSpec.from_config(self.model.config.to_dict(), name=self.name, paths=paths)
+        layers = tuple(
+            _measured(layer, experts)
+            for layer, experts in zip(spec.moe_layers, self.containers, strict=True)
+        )
+        return replace(spec, moe_layers=layers)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and bf16 bytes of all parameters."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            data = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(data.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @contextmanager
+    def experts_forward(self, forwards: Sequence[Any]) -> Iterator[None]:
+        """Run each container by a function of the interface's signature while the block lasts."""
+        for experts, forward in zip(self.containers, forwards, strict=True):
+            experts.module.__dict__[_FORWARDS] = forward
+        try:
+            yield
+        finally:
+            for experts in self.containers:
+                del experts.module.__dict__[_FORWARDS]
+
+    def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return next-token logits, fp32 (sequences, length, vocabulary)."""
+        output = self.model(input_ids=token_ids, use_cache=False)
+        logits: torch.Tensor = output.logits.float()
+        return logits
+
+
+def _find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
+    found = []
+    for path, module in model.named_modules():
+        if not vars(module).keys() >= _FLAGS:
+            continue
+        parent = model.get_submodule(path.rpartition(".")[0])
+        routers = (dict(parent.named_children()).get(name) for name in ("gate", "router"))
+        weights = (dict(r.named_parameters()).get("weight") for r in routers if r is not None)
+        router = next((w for w in weights if w is not None and len(w) == module.num_experts), None)
+        found.append(Experts(path, module, router))
+    return tuple(found)
+
+
+def _measured(layer: MoELayer, experts: Experts) -> MoELayer:
+    hidden, intermediate = experts.down.shape[1:]
+    return replace(
+        layer,
+        num_experts=experts.num_experts,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        gated=experts.module.has_gate,
+    )
+
+
+def _no_experts(model: PreTrainedModel, name: str) -> InputError:
+    config = model.config.get_text_config().to_dict()
+    family = model.config.model_type
+    if any((config.get(key) or 0) > 1 for key in _EXPERT_COUNTS):
+        return InputError(
+            f"{name} is a Mixture-of-Experts model of family {family!r}, which keeps its experts "
+            "outside transformers' experts interface, so their widths cannot be set; use a family "
+            "inside it, such as olmoe, mixtral, qwen3_moe or deepseek_v3."
+        )
+    return InputError(
+        f"{name} is a dense model (family {family!r}): it has no experts to give bits to; "
+        "use a Mixture-of-Experts model."
+    )
+
+
+def reference_path() -> Path:
+    """Return the folder of the bundled reference checkpoint."""
+    return Path(__file__).parent / "reference" / "model"
+
+
+def load_model(
+    name: str = "reference",
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> tuple[MoEModel, Any]:
+    """Load a checkpoint and its tokenizer, from safetensors only.
+
+    Args:
+        name: ``"reference"``, a local folder, or a hub id.
+        revision: Revision of a hub model.
+        device: Torch device. On a CPU weights are computed with in fp32, whatever their dtype.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Raises:
+        InputError: If there is no such model, no network, no weights, or no experts.
+    """
+    source = str(reference_path()) if name == "reference" else name
+    local = os.path.isdir(source)
+    if local and not os.path.isfile(os.path.join(source, "config.json")):
+        raise InputError(
+            f"The folder {source} holds no checkpoint (no config.json); give a folder written by "
+            "save_pretrained, or a hub id."
+        )
+    options: dict[str, Any] = {
+        "revision": revision,
+        "local_files_only": local,
+        "trust_remote_code": trust_remote_code,
+    }
+    dtype: Any = torch.float32 if device == "cpu" else "auto"
+    try:
+        AutoConfig.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise _load_error(name, local, error) from error
+    return MoEModel(model.to(device), name=name, revision=revision), tokenizer
+
+
+def _load_error(name: str, local: bool, error: Exception) -> InputError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    if local:
+        return InputError(f"The checkpoint in {name} cannot be read: {reason}.")
+    return InputError(
+        f"There is no folder {name!r}, and the hub has not delivered a model of that name "
+        f"({reason}); give 'reference', a local folder, or a hub id with a network at hand."
+    )

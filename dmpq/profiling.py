@@ -1,0 +1,240 @@
+"""Measuring a profile: one pass with gradients, then one evaluation per variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from dmpq.bank import Bank, LayerBank
+from dmpq.model_evaluator import ModelEvaluator
+from dmpq.moe import MoEModel
+from dmpq.profile import Profile
+
+BACKWARD_COST: Final = 2.0
+"""FLOPs of a backward pass in those of a forward pass."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class _Capture:
+    """What one layer's experts saw in one forward pass, and the gradient of their output."""
+
+    hidden: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+    def __call__(self, module: Any, hidden: Any, index: Any, weights: Any) -> torch.Tensor:
+        """Run the experts as the model would; the signature of the experts interface."""
+        self.hidden, self.index, self.weights = hidden.detach(), index, weights.detach()
+        self.output = grouped_mm_experts_forward(module, hidden, index, weights)
+        self.output.retain_grad()
+        return self.output
+
+    def taken(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return hidden (T, H), index (T, K), weights (T, K) and output gradient (T, H)."""
+        assert self.hidden is not None
+        assert self.index is not None
+        assert self.weights is not None
+        assert self.output is not None
+        assert self.output.grad is not None
+        return self.hidden, self.index, self.weights, self.output.grad
+
+
+@dataclass
+class _Sums:
+    """Sums over tokens, (N,) or (N, B)."""
+
+    hits: NDArray[np.int64]
+    routing_weight: NDArray[np.float64]
+    contribution: NDArray[np.float64]
+    output_error: NDArray[np.float64]
+    proxy: NDArray[np.float64]
+    tokens: int = field(default=0)
+
+
+def measure_profile(
+    evaluator: ModelEvaluator,
+    *,
+    text: str,
+    projections: bool = False,
+    progress: Progress | None = None,
+) -> Profile:
+    """Profile every expert of the evaluator's model on the evaluator's text.
+
+    Args:
+        evaluator: Holds the bank and the profiling text.
+        text: What the text is, in words.
+        projections: Measure sensitivities of gate+up and down apart as well.
+        progress: Called with the number of variants measured, and of all variants.
+    """
+    bank, spec, menu = evaluator.bank, evaluator.bank.moe.spec, evaluator.bank.menu
+    experts, formats = spec.num_experts, len(menu)
+    sums = _gradient_pass(evaluator)
+    total = experts * formats * (3 if projections else 1)
+    counter = _Counter(progress, total)
+    base = _widest(evaluator)
+    sensitivity = _sensitivities(evaluator, base, [0, 1], counter)
+    apart = None
+    if projections:
+        sides = [_sensitivities(evaluator, base, [side], counter) for side in (0, 1)]
+        apart = np.stack(sides, axis=1)
+    uniform = np.arange(formats)[:, None].repeat(experts, 1)
+    uniform_kl = evaluator.evaluate(uniform).kl
+    # A gradient pass, and one more run of the experts per format for their output errors.
+    extra = evaluator.tokens * (1 + BACKWARD_COST + formats * _expert_share(bank.moe))
+    return Profile(
+        spec=spec,
+        menu=menu,
+        tokens=evaluator.tokens,
+        text=text,
+        fingerprint=bank.moe.fingerprint,
+        full_nll=evaluator.full_nll(),
+        cost_tokens=evaluator.tokens_spent + extra,
+        hits=sums.hits,
+        frequency=sums.hits / sums.tokens,
+        routing_weight=sums.routing_weight / sums.tokens,
+        contribution=sums.contribution / np.maximum(sums.hits, 1),
+        sensitivity=sensitivity,
+        projection_sensitivity=apart,
+        output_error=sums.output_error / sums.tokens,
+        proxy=sums.proxy / sums.tokens,
+        uniform_kl=uniform_kl,
+        **_weight_statistics(bank.moe),
+        **_router_norms(bank.moe),
+    )
+
+
+class _Counter:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+def _widest(evaluator: ModelEvaluator) -> NDArray[np.int64]:
+    """Return the map that stays closest to full precision, (N, 2)."""
+    experts = evaluator.bank.moe.spec.num_experts
+    return np.full((experts, 2), len(evaluator.bank.menu) - 1)
+
+
+def _sensitivities(
+    evaluator: ModelEvaluator, base: NDArray[np.int64], sides: list[int], counter: _Counter
+) -> NDArray[np.float64]:
+    """Return the KL of each map that differs from ``base`` in one expert, (N, B)."""
+    experts, formats = len(base), len(evaluator.bank.menu)
+    result = np.zeros((experts, formats))
+    for expert in range(experts):
+        for fmt in range(formats):
+            changed = base.copy()
+            changed[expert, sides] = fmt
+            result[expert, fmt] = evaluator.evaluate(changed.reshape(1, -1)).kl[0]
+            counter()
+    return result
+
+
+def _gradient_pass(evaluator: ModelEvaluator) -> _Sums:
+    """Run the model forward and backward over the text, layer by layer collecting sums."""
+    bank = evaluator.bank
+    experts, formats = bank.moe.spec.num_experts, len(bank.menu)
+    zeros = [np.zeros((experts, formats)) for _ in range(2)]
+    sums = _Sums(np.zeros(experts, np.int64), np.zeros(experts), np.zeros(experts), *zeros)
+    embed = bank.moe.model.get_input_embeddings()
+    for ids in evaluator.id_batches:
+        captures = [_Capture() for _ in bank.layers]
+        with torch.enable_grad(), bank.moe.experts_forward(captures):
+            inputs = embed(ids).detach().requires_grad_()
+            logits = bank.moe.model(inputs_embeds=inputs, use_cache=False).logits.float()
+            loss = functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            )
+            torch.autograd.backward(loss)
+        sums.tokens += ids.numel()
+        start = 0
+        for layer, capture in zip(bank.layers, captures, strict=True):
+            with torch.inference_mode():
+                _collect(sums, start, layer, capture)
+            start += layer.experts.num_experts
+    return sums
+
+
+def _collect(sums: _Sums, start: int, layer: LayerBank, capture: _Capture) -> None:
+    hidden, index, weights, gradient = capture.taken()
+    for expert in range(layer.experts.num_experts):
+        tokens, slots = torch.where(index == expert)
+        row = start + expert
+        sums.hits[row] += len(tokens)
+        if not len(tokens):
+            continue
+        weight = weights[tokens, slots]
+        sums.routing_weight[row] += float(weight.double().sum())
+        slope = gradient[tokens]
+        magnitude = (slope * weight[:, None]).abs().mean(-1)
+        sums.contribution[row] += float(magnitude.double().sum())
+        exact = _one_expert(layer, expert, None, hidden[tokens], weight)
+        for fmt in range(len(layer.menu)):
+            if layer.menu.formats[fmt].is_full:
+                continue
+            error = _one_expert(layer, expert, fmt, hidden[tokens], weight) - exact
+            sums.output_error[row, fmt] += float(error.square().sum(dtype=torch.float64))
+            sums.proxy[row, fmt] += float((error * slope).square().sum(dtype=torch.float64))
+
+
+def _one_expert(
+    layer: LayerBank, expert: int, fmt: int | None, hidden: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """Return one expert's weighted output, (T, H), in a format of the menu or as it is."""
+    up, down = layer.variant(expert, fmt)
+    view = layer.experts.stacked(up[None], down[None], only=expert)
+    index = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
+    return grouped_mm_experts_forward(view, hidden, index, weight[:, None])
+
+
+def _expert_share(moe: MoEModel) -> float:
+    """Return the share of a forward's weight FLOPs that the routed experts take."""
+    spec = moe.spec
+    active = sum(
+        layer.top_k * layer.expert_parameters // layer.num_experts for layer in spec.moe_layers
+    )
+    return active / (active + spec.other_parameters)
+
+
+def _weight_statistics(moe: MoEModel) -> dict[str, NDArray[np.float64]]:
+    rows = []
+    for container in moe.containers:
+        for up, down in zip(container.gate_up, container.down, strict=True):
+            matrices = [up.double(), down.double()]
+            flat = torch.cat([m.flatten() for m in matrices])
+            centred = flat - flat.mean()
+            variance = centred.square().mean()
+            kurtosis = centred.pow(4).mean() / variance.square() - 3
+            outlier = max(float(m.abs().max() / m.abs().mean()) for m in matrices)
+            row_variance = matrices[0].var(dim=1, unbiased=False).max()
+            rows.append((float(flat.norm()), float(kurtosis), outlier, float(row_variance)))
+    names = ("weight_norm", "kurtosis", "outlier_ratio", "max_row_variance")
+    return dict(zip(names, np.array(rows).T, strict=True))
+
+
+def _router_norms(moe: MoEModel) -> dict[str, NDArray[np.float64]]:
+    """Return router row norms, and their change where the checkpoint tells the initial ones."""
+    norms = [
+        np.full(c.num_experts, 0.0)
+        if c.router is None
+        else c.router.double().norm(dim=1).cpu().numpy()
+        for c in moe.containers
+    ]
+    norm = np.concatenate(norms)
+    initial = moe.model.config.to_dict().get("router_init_norms")
+    change = np.full_like(norm, np.nan) if initial is None else norm - np.concatenate(initial)
+    return {"router_norm": norm, "router_norm_change": change}

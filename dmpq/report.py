@@ -1,0 +1,183 @@
+"""What a search leaves behind: the table, its machine-readable twin, and two pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.files import replace_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+    from dmpq.agents import Candidate
+    from dmpq.problem import Problem
+
+_FAINT: Final = "#9aa0a6"
+_STRONG: Final = "#1a73e8"
+_FRONT: Final = "#d93025"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One allocation in the final table.
+
+    Attributes:
+        name: The allocation.
+        effective_bits: Bits per expert weight, scales and zero-points included.
+        heldout_kl: KL to the full-precision logits on held-out text, nats per token.
+        heldout_ppl: Perplexity per token on held-out text.
+        memory_bytes: Memory of the whole model at the cost geometry.
+        latency_s: Time of one step of the workload.
+        tokens_per_s: Tokens per second in that workload.
+        energy_j: Energy of one step.
+        evaluations: True evaluations that finding it took.
+    """
+
+    name: str
+    effective_bits: float
+    heldout_kl: float
+    heldout_ppl: float
+    memory_bytes: float
+    latency_s: float
+    tokens_per_s: float
+    energy_j: float
+    evaluations: int
+
+
+def table(rows: Sequence[Row], *, caption: str, best: str) -> Table:
+    """Return the final table for the terminal, at most 80 columns wide.
+
+    Args:
+        rows: The allocations.
+        caption: What the costs were computed for.
+        best: Name of the row to set in bold.
+    """
+    from rich import box
+    from rich.table import Table
+
+    shown = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
+    shown.add_column("allocation", justify="left")
+    for head in ("bits", "KL", "ppl", "memory\nMB", "latency\nµs", "tokens\n/s", "energy\nmJ"):
+        shown.add_column(head, justify="right")
+    for row in rows:
+        shown.add_row(
+            row.name,
+            f"{row.effective_bits:.2f}",
+            f"{row.heldout_kl:.5f}",
+            f"{row.heldout_ppl:.4f}",
+            f"{row.memory_bytes / 1e6:,.1f}",
+            f"{row.latency_s * 1e6:,.1f}",
+            f"{row.tokens_per_s:,.0f}",
+            f"{row.energy_j * 1e3:,.2f}",
+            style="bold" if row.name == best else None,
+        )
+    return shown
+
+
+def write_summary(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    """Write the table and the run's facts as JSON, atomically; returns the text."""
+    data = {"rows": [asdict(row) for row in rows], **facts}
+    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
+    replace_atomically(path, text.encode())
+    return text
+
+
+def pareto(cost: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return the indices of the points that no other point beats in both, by rising cost."""
+    order = np.lexsort((loss, cost))
+    best = np.minimum.accumulate(np.concatenate([[np.inf], loss[order]]))[:-1]
+    return order[loss[order] < best]
+
+
+def plane(problem: Problem, history: Sequence[Candidate], named: dict[str, int]) -> Figure:
+    """Draw loss against cost for every evaluated map, with the front.
+
+    Args:
+        problem: Says what a map costs.
+        history: Every evaluated map.
+        named: Positions in the history to label.
+    """
+    from matplotlib.figure import Figure
+
+    maps = np.array([c.assignment for c in history])
+    kl = np.array([c.kl for c in history])
+    latency = problem.costs(maps).latency_s * 1e6
+    bits = problem.effective_bits(maps)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, cost, label in zip(
+        figure.subplots(1, 2, sharey=True),
+        (bits, latency),
+        ("effective bits per expert weight", f"latency of a step on {problem.hardware.name}, µs"),
+        strict=True,
+    ):
+        axes.scatter(cost, kl, s=14, color=_FAINT, label="evaluated maps", linewidths=0)
+        front = pareto(cost, kl)
+        axes.plot(cost[front], kl[front], "o-", color=_FRONT, ms=4, lw=1, label="front")
+        for name, i in named.items():
+            axes.plot(cost[i], kl[i], "D", color=_STRONG, ms=6)
+            axes.annotate(
+                name, (cost[i], kl[i]), xytext=(6, 6), textcoords="offset points", fontsize=9
+            )
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.2)
+    figure.axes[0].set_ylabel("KL to full precision on search text, nats/token")
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def heat_map(problem: Problem, assignment: NDArray[np.integer], *, title: str) -> Figure:
+    """Draw the chosen format of every expert, layers down and experts across.
+
+    Where projections differ, each expert takes two cells: gate+up above down.
+    """
+    from matplotlib.figure import Figure
+
+    spec, menu = problem.spec, problem.menu
+    per_expert = problem.expand(assignment[None])[0].reshape(spec.num_experts, -1)
+    counts = [layer.num_experts for layer in spec.moe_layers]
+    sides = per_expert.shape[1]
+    grid = np.full((len(counts) * sides, max(counts)), np.nan)
+    start = 0
+    for layer, count in enumerate(counts):
+        block = per_expert[start : start + count].T
+        grid[layer * sides : (layer + 1) * sides, :count] = block
+        start += count
+    figure = Figure(
+        figsize=(min(16, 1.6 + 0.42 * grid.shape[1]), 1.4 + 0.42 * grid.shape[0]),
+        layout="constrained",
+    )
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=len(menu) - 1, aspect="equal")
+    middle = (len(menu) - 1) / 2
+    for (y, x), index in np.ndenumerate(grid):
+        if np.isfinite(index):
+            colour = "black" if index > middle else "white"
+            key = menu.keys[int(index)]
+            axes.text(x, y, key, ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("MoE layer")
+    axes.set_yticks(
+        np.arange(len(counts)) * sides + (sides - 1) / 2, [str(i) for i in range(len(counts))]
+    )
+    axes.set_title(title, fontsize=10)
+    bar = figure.colorbar(image, ax=axes, ticks=range(len(menu)), fraction=0.03)
+    bar.ax.set_yticklabels(menu.keys)
+    bar.set_label("bits")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    replace_atomically(path, buffer.getvalue())

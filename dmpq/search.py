@@ -1,0 +1,382 @@
+"""``python -m dmpq.search``: find a bit map for a model on a device, and say what it is worth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from dmpq.config import SearchConfig, add_options, from_arguments
+from dmpq.errors import InputError
+from dmpq.files import JsonLines, replace_atomically
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from dmpq.agents import Agent, Candidate, SearchResult
+    from dmpq.problem import Problem
+    from dmpq.report import Row
+    from dmpq.session import Progress, Session
+
+_EXAMPLES: Final = """examples:
+  python -m dmpq.search --hw a100
+  python -m dmpq.search --hw rtx4090 --avg-bits 2.5 --weights acc=1
+  python -m dmpq.search --model path/to/checkpoint --dataset notes.txt --memory-gb 12
+"""
+_VERSIONED: Final = ("dmpq", "torch", "transformers", "torchao", "stable-baselines3", "numpy")
+_BASELINES: Final = ("frequency", "mckp")
+_INTERRUPTED: Final = 130
+
+
+@dataclass
+class _Run:
+    """One search: its folder, what it shows, and the best map so far."""
+
+    config: SearchConfig
+    folder: Path
+    console: Console
+    started: float = field(default_factory=time.monotonic)
+    best: Candidate | None = None
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dmpq.search",
+        description="Find a bit map for a model on a device, and say what it is worth.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print summary.json, not a table")
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    from rich.console import Console
+
+    console = Console(stderr=arguments.json, highlight=False)
+    config = from_arguments(arguments)
+    try:
+        run = _Run(config, _folder(config), console)
+        with _quiet_libraries():
+            summary = search(run)
+    except InputError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    if arguments.json:
+        sys.stdout.write(summary)
+    return 0
+
+
+def search(run: _Run) -> str:
+    """Search, write everything into the run's folder, and return ``summary.json``'s text."""
+    from dmpq import agents
+    from dmpq.session import Session
+
+    config = run.config
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    agent = agents.make(config.agent)
+    journal = JsonLines(run.path("journal.jsonl"))
+    try:
+        with _progress(run.console) as show:
+            session = Session(config, journal, show)
+            session.check()
+            _introduce(run, session)
+            profile = session.profile()
+            profile.save(run.path("profile.safetensors"))
+            problem = session.problem(
+                profile,
+                evaluator=session.evaluator("search"),
+                selector=session.evaluator("selection"),
+            )
+            result = _searched(run, session, problem, agent, show)
+            rows = _rows(session, problem, result, show)
+    finally:
+        journal.close()
+    return _finish(run, session, problem, result, rows)
+
+
+def _searched(
+    run: _Run, session: Session, problem: Problem, agent: Agent, show: Progress
+) -> SearchResult:
+    """Run the agent; the best map so far is on disk after every evaluation that found one."""
+    config = run.config
+    partial = run.path("history.partial.jsonl")
+    with partial.open("w", encoding="utf-8") as history:
+
+        def on_candidate(candidate: Candidate) -> None:
+            line = {
+                "evaluation": candidate.evaluation,
+                "reward": candidate.reward,
+                "kl": candidate.kl,
+                "nll": candidate.nll,
+                "router_shift": candidate.router_shift,
+                "effective_bits": candidate.effective_bits,
+                "assignment": [problem.menu.keys[i] for i in candidate.assignment],
+            }
+            history.write(json.dumps(line) + "\n")
+            if run.best is None or candidate.reward > run.best.reward:
+                run.best = candidate
+                _bitmap(run, session, problem, candidate.assignment, candidate.evaluation, None)
+            show(f"searching, best KL {run.best.kl:.5f}", candidate.evaluation, config.evaluations)
+
+        try:
+            result = agent.search(
+                problem,
+                evaluations=config.evaluations,
+                seed=config.seed,
+                on_candidate=on_candidate,
+            )
+        except KeyboardInterrupt:
+            if run.best is not None:
+                run.console.print(
+                    f"Interrupted. The best map so far (KL {run.best.kl:.5f}) is in "
+                    f"{run.path('bitmap.json')}; the same command goes on from here."
+                )
+            raise
+    os.replace(partial, run.path("history.jsonl"))
+    return result
+
+
+def _folder(config: SearchConfig) -> Path:
+    """Return the run's folder, made if need be; it belongs to one configuration."""
+    name = f"{Path(config.model).name}-{Path(config.hw).stem}-{config.digest()}"
+    folder = Path(config.out) if config.out is not None else Path("runs") / name
+    mark = folder / "config.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if mark.is_file():
+            owner = json.loads(mark.read_text(encoding="utf-8")).get("digest")
+            if owner != config.digest():
+                raise InputError(
+                    f"{folder} holds the run of another configuration ({owner}); nothing was "
+                    "written. Give another --out, or remove the folder."
+                )
+        else:
+            described = {"digest": config.digest(), **asdict(config)}
+            replace_atomically(mark, (json.dumps(described, indent=2) + "\n").encode())
+            mark.touch()
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except (OSError, json.JSONDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its config.json is damaged"
+        raise InputError(
+            f"The output folder {folder} cannot be used ({reason}); give a writable one with --out."
+        ) from error
+    return folder
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own progress bars and notices out of the way."""
+    import datasets
+    import transformers
+
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    yield
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    """Show one bar per stage of the run."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("  {task.description:<34}"), BarColumn(20), MofNCompleteColumn())
+    with Bars(*columns, TimeElapsedColumn(), console=console) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            kind = stage.partition(",")[0]
+            if kind not in tasks:
+                tasks[kind] = bars.add_task(stage, total=total)
+            bars.update(tasks[kind], description=stage, completed=done)
+
+        yield show
+
+
+def _introduce(run: _Run, session: Session) -> None:
+    """Say what is searched, on what, and for what the costs are computed."""
+    spec, hardware = session.moe.spec, session.hardware
+    layers = len(spec.moe_layers)
+    lines = {
+        "model": f"{spec.name} ({spec.model_type}, {layers} MoE layers, {spec.num_experts} "
+        f"experts, {spec.expert_parameters / 1e6:.2f} M expert parameters)",
+        "hardware": f"{hardware.device} (stack {hardware.stack}, "
+        f"{'calibrated' if hardware.calibrated else 'not calibrated'})",
+        "costs": _cost_caption(session),
+        "text": session.splits.source,
+        "output": str(run.folder),
+    }
+    for name, value in lines.items():
+        run.console.print(f"  [dim]{name:<10}[/dim] {value}")
+    for note in hardware.unsupported(session.menu):
+        run.console.print(f"  [dim]{'note':<10}[/dim] {note}")
+
+
+def _cost_caption(session: Session) -> str:
+    spec, workload = session.cost_spec(session.moe.spec), session.workload
+    return (
+        f"computed for {spec.name}: {workload.phase}, batch {workload.batch}, "
+        f"context {workload.context}"
+    )
+
+
+def _rows(
+    session: Session, problem: Problem, result: SearchResult, show: Progress
+) -> list[Row]:
+    """Measure every allocation of the final table on held-out text."""
+    from dmpq import agents
+    from dmpq.report import Row
+
+    config = session.config
+    heldout = session.evaluator("heldout")
+    maps: dict[str, tuple[NDArray[np.int64], int]] = {}
+    for key, name in (("16", "bf16"), ("8", "uniform8"), ("4", "uniform4"), ("3", "uniform3")):
+        if key in problem.menu.keys:
+            maps[name] = (problem.uniform(key), 0)
+    for name in _BASELINES:
+        if name != config.agent:
+            found = agents.make(name).search(problem, evaluations=1, seed=config.seed)
+            maps[name] = (found.assignment, found.evaluations)
+    maps[config.agent] = (result.assignment, result.evaluations)
+    rows = []
+    for name, (assignment, evaluations) in maps.items():
+        measured = heldout.evaluate(problem.expand(assignment[None]))
+        cost = problem.costs(assignment[None])
+        rows.append(
+            Row(
+                name=name,
+                effective_bits=float(problem.effective_bits(assignment[None])[0]),
+                heldout_kl=float(measured.kl[0]),
+                heldout_ppl=float(measured.perplexity[0]),
+                memory_bytes=float(cost.memory_bytes[0]),
+                latency_s=float(cost.latency_s[0]),
+                tokens_per_s=float(cost.tokens_per_s(problem.workload)[0]),
+                energy_j=float(cost.energy_j[0]),
+                evaluations=evaluations,
+            )
+        )
+        show("held-out text", len(rows), len(maps))
+    return rows
+
+
+def _bitmap(
+    run: _Run,
+    session: Session,
+    problem: Problem,
+    assignment: NDArray[np.int64],
+    evaluations: int,
+    heldout: Row | None,
+) -> None:
+    """Write ``bitmap.json``; nothing in it depends on when or where it was made."""
+    raise NotImplementedError
+
+
+def _finish(
+    run: _Run, session: Session, problem: Problem, result: SearchResult, rows: list[Row]
+) -> str:
+    """Write what the search found, draw it, and print the table."""
+    from dmpq import report
+
+    config, row = run.config, rows[-1]
+    _bitmap(run, session, problem, result.assignment, result.evaluations, row)
+    if result.policy is not None:
+        result.policy.save(run.path("policy"))
+    first = {"mckp": 0} if config.agent == "ppo" else {}
+    chosen = next(
+        i
+        for i, c in enumerate(result.history)
+        if np.array_equal(c.assignment, result.assignment)
+    )
+    plane = report.plane(problem, result.history, {**first, config.agent: chosen})
+    report.save_figure(plane, run.path("plane.png"))
+    heat = report.heat_map(
+        problem,
+        result.assignment,
+        title=f"{config.agent}: {row.effective_bits:.2f} effective bits, {problem.spec.name}",
+    )
+    report.save_figure(heat, run.path("bits.png"))
+    profile = problem.profile
+    facts = {
+        "config": asdict(config),
+        "full_ppl": float(np.exp(session.evaluator("heldout").full_nll())),
+        "costs": _cost_caption(session),
+        "hardware": {
+            "name": problem.hardware.name,
+            "stack": problem.hardware.stack,
+            "calibrated": problem.hardware.calibrated,
+            "source": problem.hardware.source,
+        },
+        "head_room": profile.head_room(),
+        "unhit_experts": profile.unhit.tolist(),
+        "tokens": {
+            "profile": profile.cost_tokens,
+            "search": problem.evaluator.tokens_spent,
+            "selection": 0.0 if problem.selector is None else problem.selector.tokens_spent,
+        },
+        "seconds": time.monotonic() - run.started,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "python": platform.python_version(),
+    }
+    text = report.write_summary(run.path("summary.json"), rows, facts)
+    caption = (
+        f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out "
+        f"tokens;\nmemory, latency, energy {_cost_caption(session)}"
+    )
+    run.console.print(report.table(rows, caption=caption, best=rows[-1].name))
+    if profile.unhit.size:
+        run.console.print(f"  calibration never hit experts {profile.unhit.tolist()}")
+    run.console.print(
+        f"  wrote {run.folder}/ bitmap.json summary.json history.jsonl plane.png bits.png"
+        f"{' policy/' if result.policy is not None else ''}",
+        soft_wrap=True,
+    )
+    return text
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in _VERSIONED}
+
+
+def _git_revision() -> str | None:
+    """Return the revision of the checkout that this code runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

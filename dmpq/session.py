@@ -1,0 +1,249 @@
+"""From a configuration to a problem: load the model, cut the text, fill the bank, profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dmpq.config import SearchConfig
+from dmpq.errors import InputError
+from dmpq.evaluation import Evaluator
+from dmpq.files import JsonLines
+from dmpq.formats import Menu
+from dmpq.hw_models import HardwareModel, Workload, load_hardware
+from dmpq.objective import Constraints, Weights
+from dmpq.problem import Problem
+from dmpq.profile import Profile
+from dmpq.spec import ModelSpec, load_geometry
+
+if TYPE_CHECKING:
+    from dmpq.bank import Bank
+    from dmpq.data import Splits
+    from dmpq.model_evaluator import ModelEvaluator
+    from dmpq.moe import MoEModel
+
+GIGABYTE: Final = 1e9
+_LONGEST_WINDOW: Final = 2048
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """A loaded model with its text and its variants, ready to be profiled and searched.
+
+    Attributes:
+        config: What to do.
+        journal: Where evaluations are kept; ``None`` for memory only.
+        progress: Called with a stage's name, steps done, and all steps.
+    """
+
+    config: SearchConfig
+    journal: JsonLines | None = None
+    progress: Progress = _silent
+
+    @cached_property
+    def menu(self) -> Menu:
+        """The formats on offer."""
+        c = self.config
+        return Menu.parse(c.bits, quantizer=c.quantizer, symmetric=c.symmetric)
+
+    @cached_property
+    def hardware(self) -> HardwareModel:
+        """The device that costs are computed for."""
+        return load_hardware(self.config.hw)
+
+    @cached_property
+    def workload(self) -> Workload:
+        """The step that costs are computed for."""
+        c = self.config
+        return Workload(phase=c.phase, batch=c.batch, context=c.context)  # type: ignore[arg-type]
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        """The upper limits of the search."""
+        c = self.config
+        return Constraints(
+            avg_bits=c.effective_avg_bits,
+            memory_bytes=None if c.memory_gb is None else c.memory_gb * GIGABYTE,
+            latency_s=None if c.latency_ms is None else c.latency_ms * 1e-3,
+            energy_j=c.energy_j,
+        )
+
+    @cached_property
+    def _loaded(self) -> tuple[MoEModel, Splits]:
+        from dmpq.data import TokenRequest, load_splits
+        from dmpq.moe import load_model
+
+        c = self.config
+        moe, tokenizer = load_model(
+            c.model,
+            revision=c.revision,
+            device=c.device,
+            trust_remote_code=c.trust_remote_code,
+        )
+        longest = getattr(moe.model.config.get_text_config(), "max_position_embeddings", None)
+        length = c.sequence_length or min(longest or _LONGEST_WINDOW, _LONGEST_WINDOW)
+        tokens = TokenRequest(
+            c.profile_tokens, c.search_tokens, c.selection_tokens, c.heldout_tokens
+        )
+        return moe, load_splits(c.dataset, tokenizer, length=length, tokens=tokens, seed=c.seed)
+
+    @property
+    def moe(self) -> MoEModel:
+        """The model."""
+        return self._loaded[0]
+
+    @property
+    def splits(self) -> Splits:
+        """The text, cut into disjoint roles."""
+        return self._loaded[1]
+
+    @cached_property
+    def bank(self) -> Bank:
+        """Every expert in every format."""
+        from dmpq.bank import Bank
+
+        moe = self.moe
+        return Bank(
+            moe,
+            self.menu,
+            memory_bytes=self.config.bank_memory_gb * GIGABYTE,
+            progress=lambda done, total: self.progress("quantizing", done, total),
+        )
+
+    def evaluator(self, split: str) -> ModelEvaluator:
+        """Return the evaluator on one role's text: profile, search, selection or heldout."""
+        from dmpq.model_evaluator import ModelEvaluator
+
+        windows = getattr(self.splits, split)
+        return ModelEvaluator(self.bank, windows, label=split, journal=self.journal)
+
+    def cost_spec(self, spec: ModelSpec) -> ModelSpec:
+        """Return the geometry that costs are computed with."""
+        geometry = self.config.geometry
+        return spec if geometry == "own" else spec.with_widths_of(load_geometry(geometry))
+
+    def profile(self) -> Profile:
+        """Return the saved profile that the configuration names, or measure one."""
+        if self.config.profile is not None:
+            return self._saved_profile(Path(self.config.profile))
+        from dmpq.profiling import measure_profile
+
+        return measure_profile(
+            self.evaluator("profile"),
+            text=self.splits.source,
+            projections=self.config.serve == "projection",
+            progress=lambda done, total: self.progress("profiling", done, total),
+        )
+
+    def _saved_profile(self, path: Path) -> Profile:
+        profile = Profile.load(path)
+        if profile.menu != self.menu:
+            raise InputError(
+                f"The profile {path} was measured on formats {','.join(profile.menu.keys)} "
+                f"({profile.menu.quantizer}), the search asks for {','.join(self.menu.keys)} "
+                f"({self.menu.quantizer}); give the same --bits and --quantizer."
+            )
+        if profile.fingerprint != self.moe.fingerprint:
+            raise InputError(
+                f"The profile {path} belongs to other weights than {self.config.model}'s; "
+                "measure it again by leaving --profile out."
+            )
+        return profile
+
+    def problem(
+        self,
+        profile: Profile,
+        *,
+        evaluator: Evaluator | None = None,
+        selector: Evaluator | None = None,
+    ) -> Problem:
+        """Return the problem of this configuration on a profile.
+
+        Args:
+            profile: The experts' statistics.
+            evaluator: Measures bit maps; ``None`` for the profile's additive surrogate.
+            selector: Measures the finalists on fresh text.
+
+        Raises:
+            InputError: If a limit is infeasible.
+        """
+        c = self.config
+        return Problem(
+            profile=profile,
+            hardware=self.hardware,
+            cost_spec=self.cost_spec(profile.spec),
+            workload=self.workload,
+            weights=Weights.parse(c.weights),
+            constraints=self.constraints,
+            serve=c.serve,  # type: ignore[arg-type]
+            **({} if evaluator is None else {"evaluator": evaluator}),
+            selector=selector,
+        )
+
+    def check(self) -> None:
+        """Refuse what can be refused without running the model: names, weights and limits.
+
+        Raises:
+            InputError: If a name is unknown or a limit cannot be met.
+        """
+        Weights.parse(self.config.weights)
+        if self.config.evaluations < 1:
+            raise InputError(
+                f"--evaluations {self.config.evaluations} leaves the agent nothing to ask; "
+                "give 1 or more."
+            )
+        self.problem(_empty_profile(self.moe.spec, self.menu))
+
+
+def _empty_profile(spec: ModelSpec, menu: Menu) -> Profile:
+    """Return a profile of zeros, on which a problem checks its limits before any forward."""
+    import numpy as np
+
+    experts, formats = spec.num_experts, len(menu)
+    flat, wide = np.zeros(experts), np.zeros((experts, formats))
+    return Profile(
+        spec=spec,
+        menu=menu,
+        tokens=0,
+        text="none",
+        fingerprint="",
+        full_nll=0.0,
+        cost_tokens=0.0,
+        hits=np.zeros(experts, np.int64),
+        frequency=np.repeat(
+            [layer.top_k / layer.num_experts for layer in spec.moe_layers],
+            [layer.num_experts for layer in spec.moe_layers],
+        ),
+        routing_weight=flat,
+        contribution=flat,
+        sensitivity=wide,
+        projection_sensitivity=np.zeros((experts, 2, formats)),
+        output_error=wide,
+        proxy=wide,
+        weight_norm=flat,
+        kurtosis=flat,
+        outlier_ratio=flat,
+        max_row_variance=flat,
+        router_norm=flat,
+        router_norm_change=flat,
+        uniform_kl=np.ones(formats),
+    )
+
+
+def reference_evaluator(split: str = "search") -> ModelEvaluator:
+    """Return an evaluator of the bundled model on the embedded text.
+
+    Args:
+        split: Role of the text: ``"profile"``, ``"search"``, ``"selection"`` or ``"heldout"``.
+    """
+    return Session(SearchConfig()).evaluator(split)
+

@@ -1,0 +1,161 @@
+"""``dmpq/ExpertBits-v0``: one decision per step, with an exact budget mask."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, Unpack, get_args
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from dmpq.envs.base import BitMapEnv, EnvOptions, EnvState, Step
+from dmpq.envs.observation import Observation, box, squash
+from dmpq.errors import unknown
+
+RewardMode = Literal["dense", "terminal"]
+
+_SCALARS: Final = 8
+
+
+class ExpertBitsEnv(BitMapEnv[np.int64]):
+    """Give the experts their bit-widths one after the other, within exact budgets.
+
+    ## Description
+
+    The decisions (experts; projections or layers under other serving granularities) are visited
+    layer by layer. What a format costs in bits and memory is known exactly, and so is the least
+    that the decisions to come need, so that `action_masks()` never leads into a dead end. The
+    time of a step does not depend on the number of experts.
+
+    ## Action Space
+
+    `Discrete(B)`: an index into the menu, narrowest format first. A masked action is replaced by
+    the nearest allowed format below it, or the narrowest allowed one; `info["invalid_action"]`
+    says so.
+
+    ## Observation Space
+
+    `observation="flat"`: `Box(-1, 1, (3 * F + C + 8,), float32)`, of the same size for any model.
+
+    | Part       | Size | Min | Max | Meaning                                                  |
+    | ---------- | ---- | --- | --- | -------------------------------------------------------- |
+    | row        | F    | -1  | 1   | `problem.features` of the decision to take               |
+    | to come    | F    | -1  | 1   | mean row of the decisions not taken, this one included   |
+    | taken      | F    | -1  | 1   | mean row of the decisions taken                          |
+    | context    | C    | -1  | 1   | `problem.context`: limits, hardware prices, workload     |
+    | costs      | 4    | 0   | 1   | loss, latency, memory, energy of the decisions taken, by |
+    |            |      |     |     | the linear model: x / (1 + x), x relative to the base    |
+    | budget     | 1    | 0   | 1   | share of the bit budget that is left                     |
+    | affordable | 1    | 0   | 1   | bits left per weight to come / 16                        |
+    | mean bits  | 1    | 0   | 1   | stored bits per weight of the decisions taken / 32       |
+    | progress   | 1    | 0   | 1   | share of the decisions taken                             |
+
+    Rows are zero where there is nothing to describe. `observation="dict"`: the parts of
+    :class:`dmpq.envs.NamedParts`, and `row` and `progress`; its cost grows with the number of
+    experts.
+
+    ## Rewards
+
+    `reward="dense"`: the linear surrogate of R that the decision adds, negative. The last step
+    adds the difference between the evaluator's R and the sum of the surrogates, so that the
+    return is the R of the map (:mod:`dmpq.objective`). `reward="terminal"`: R at the end, zero
+    before; the same return. `info["reward_terms"]` adds up to the reward. R is -10 where the loss
+    is not finite (`info["status"]`).
+
+    ## Starting State
+
+    Nothing is decided. Nothing is random: every episode is the same problem.
+
+    ## Episode End
+
+    Termination: when all D decisions are taken. Truncation: never. Latency and energy do not add
+    up, so they are not masked: a finished map that exceeds such a limit is projected as in
+    `dmpq/ExpertBitsJoint-v0`, and `info["moved"]` counts the decisions that changed.
+    `info["is_success"]` says whether the map is within every limit and no worse than the exact
+    knapsack's.
+
+    ## Arguments
+
+    | Name          | Default       | Meaning                                                   |
+    | ------------- | ------------- | --------------------------------------------------------- |
+    | `reward`      | `"dense"`     | or `"terminal"`                                           |
+    | `observation` | `"flat"`      | or `"dict"`                                               |
+    | `evaluator`   | `"surrogate"` | or `"model"`, which evaluates the reference model         |
+    | `render_mode` | `None`        | `"ansi"` or `"rgb_array"`                                 |
+    | others        |               | see :func:`dmpq.envs.make_problem`; or `problem=`         |
+
+    ## Version History
+
+    * v0: first release.
+    """
+
+    def __init__(self, *, reward: RewardMode = "dense", **options: Unpack[EnvOptions]) -> None:
+        super().__init__(**options)
+        if reward not in get_args(RewardMode):
+            raise unknown("reward", reward, get_args(RewardMode))
+        self._dense = reward == "dense"
+        problem = self.problem
+        self._fixed = _fixed_parts(problem.features, problem.context)
+        self._ratios = problem.linear_ratios
+        self._signs = -problem.weights.as_array()
+        self._sizes, self._capacity = problem.linear_limits
+        cheapest = problem.sizes.argmin(1)
+        least = self._sizes[:, np.arange(len(cheapest)), cheapest]
+        # What the decisions after each one need at least; the cheapest formats always fit.
+        self._reserve = least[:, ::-1].cumsum(1)[:, ::-1] - least
+        self._weights_to_come = np.append(problem.decision_weights[::-1].cumsum()[::-1], 0)
+        self._begin()
+        self.action_space = spaces.Discrete(len(problem.menu))
+        self.observation_space = (
+            box(self._fixed.shape[1] + _SCALARS)
+            if self._parts is None
+            else self._parts.space(row=problem.features.shape[1], progress=1)
+        )
+
+    @property
+    def horizon(self) -> int:
+        """Steps in an episode: one per decision."""
+        return len(self._map)
+
+    def _begin(self) -> None:
+        self._position = 0
+        self._map = self._blank()
+        self._used = np.zeros(len(self._capacity), dtype=np.int64)
+        self._bits = 0
+        self._sums = np.zeros(len(self._signs))
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode; nothing is random, and no options are known."""
+        super().reset(seed=seed)
+        self._begin()
+        return self._observe(), {}
+
+    def step(self, action: np.int64) -> Step:
+        """Decide about the expert at hand."""
+        at = self._position
+        if at == self.horizon:
+            raise gym.error.ResetNeeded("The episode is over: call reset() before step().")
+        asked = int(action)
+        allowed = np.flatnonzero(self.action_masks())
+        below = allowed[allowed <= asked]
+        chosen = int(below[-1] if below.size else allowed[0])
+        ratios = self._ratios[at, chosen]
+        before = self._sums
+        self._map[at] = chosen
+        self._position += 1
+        self._used = self._used + self._sizes[:, at, chosen]
+        self._bits += int(self.problem.sizes[at, chosen])
+        self._sums = before + ratios
+        info: dict[str, Any] = {}
+        done = self._position == self.horizon
+        terms = self._signs * (ratios if self._dense else np.zeros_like(ratios))
+        if done:
+            info = self._finish()
+            earned = self._signs * before if self._dense else np.zeros_like(before)
+            terms = np.array(list(info["reward_terms"].values())) - earned
+        info["reward_terms"] = dict(zip(TERMS, terms.tolist(), strict=True))
+        info["invalid_action"] = chosen != asked
+        return self._observe(), float(terms.sum()), done, False, info

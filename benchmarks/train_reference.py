@@ -77,8 +77,8 @@ def model_config() -> OlmoeConfig:
     """Return the geometry of the reference model: 4 layers of 16 experts, two per token."""
     return OlmoeConfig(
         vocab_size=END_OF_TEXT + 1,
-        hidden_size=128,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=2,

@@ -80,7 +80,8 @@ class LayerBank:
                 self._packed.append((_Packed.of(up), _Packed.of(down)))
         if dense:
             up_stack, down_stack = (
-                torch.stack(tensors, 1).flatten(0, 1) for tensors in zip(*variants, strict=True)
+                experts.laid_out(torch.stack(tensors, 1).flatten(0, 1))
+                for tensors in zip(*variants, strict=True)
             )
             self._dense = (up_stack, down_stack)
 
@@ -135,7 +136,9 @@ class LayerBank:
             choice: int64 (E, 2), formats of gate+up and of down.
         """
         up, down = (
-            torch.stack([self._variant(e, side, int(f)) for e, f in enumerate(choice[:, side])])
+            self.experts.laid_out(
+                torch.stack([self._variant(e, side, int(f)) for e, f in enumerate(choice[:, side])])
+            )
             for side in (0, 1)
         )
         return up, down

@@ -269,25 +269,36 @@ def _read_journal(journal: JsonLines | None, text: str) -> dict[str, tuple[float
     return {r["map"]: tuple(r["values"]) for r in records}
 
 
+def _forward_costs(spec: ModelSpec) -> tuple[list[int], list[int], int]:
+    """Return the weights that one token multiplies: per layer, in each MoE's experts, in all."""
+    active = [
+        layer.top_k * layer.expert_parameters // layer.num_experts for layer in spec.moe_layers
+    ]
+    dense = 3 * spec.hidden_size * spec.dense_intermediate_size
+    layers = [spec.attention_parameters_per_layer + dense] * spec.num_layers
+    for i, (layer, experts) in enumerate(zip(spec.moe_layers, active, strict=True)):
+        number = _layer_number(layer.path, i)
+        layers[number] = spec.attention_parameters_per_layer + layer.resident_parameters + experts
+    return layers, active, sum(layers) + spec.vocab_size * spec.hidden_size
+
+
+def expert_share(spec: ModelSpec) -> float:
+    """Return the share of a forward's weight FLOPs that the routed experts take."""
+    _, active, total = _forward_costs(spec)
+    return sum(active) / total
+
+
 def _resume_shares(spec: ModelSpec) -> list[float]:
     """Return the share of a forward's weight FLOPs that resuming at each MoE layer runs.
 
     One more entry, 0, for a map that changes nothing.
     """
-    head = spec.vocab_size * spec.hidden_size
-    attention = spec.hidden_size * spec.head_dim * 2
-    attention *= spec.num_attention_heads + spec.num_key_value_heads
-    active = [
-        layer.top_k * layer.expert_parameters // layer.num_experts for layer in spec.moe_layers
-    ]
-    dense = 3 * spec.hidden_size * spec.dense_intermediate_size
-    costs = [attention + dense] * spec.num_layers
+    layers, active, total = _forward_costs(spec)
     numbers = [_layer_number(layer.path, i) for i, layer in enumerate(spec.moe_layers)]
-    for number, experts in zip(numbers, active, strict=True):
-        costs[number] = attention + experts
-    total = sum(costs) + head
-    done = [sum(costs[:number]) + attention for number in numbers]
-    return [1 - before / total for before in done] + [0.0]
+    skipped = [
+        sum(layers[: number + 1]) - experts for number, experts in zip(numbers, active, strict=True)
+    ]
+    return [1 - before / total for before in skipped] + [0.0]
 
 
 def _layer_number(path: str, ordinal: int) -> int:

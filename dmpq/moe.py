@@ -68,6 +68,14 @@ class Experts:
         oriented: torch.Tensor = weight.data.mT if self.module.is_transposed else weight.data
         return oriented
 
+    def laid_out(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return weights (..., out, in) in the family's own memory order.
+
+        Matrix products round differently on the other order, and full precision must stay the
+        model's own to the bit.
+        """
+        return weight.mT.contiguous().mT if self.module.is_transposed else weight.contiguous()
+
     def stacked(
         self,
         gate_up: torch.Tensor,
@@ -90,11 +98,12 @@ class Experts:
             self._up_name: gate_up.mT if module.is_transposed else gate_up,
             "down_proj": down.mT if module.is_transposed else down,
             "_apply_gate": module._apply_gate,
-            "act_fn": module.act_fn,
             "_is_expert_parallel": False,
             **{flag: getattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")},
             "has_post_expert_norm": getattr(module, "has_post_expert_norm", False),
         }
+        if not module.has_gate:
+            view["act_fn"] = module.act_fn
         if module.has_bias:
             for name in (f"{self._up_name}_bias", "down_proj_bias"):
                 bias = getattr(module, name) if only is None else getattr(module, name)[only, None]

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.bank import Bank, LayerBank
-from dmpq.model_evaluator import ModelEvaluator
+from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel
 from dmpq.profile import Profile
 
@@ -90,7 +90,7 @@ def measure_profile(
     uniform = np.arange(formats)[:, None].repeat(experts, 1)
     uniform_kl = evaluator.evaluate(uniform).kl
     # A gradient pass, and one more run of the experts per format for their output errors.
-    extra = evaluator.tokens * (1 + BACKWARD_COST + formats * _expert_share(bank.moe))
+    extra = evaluator.tokens * (1 + BACKWARD_COST + formats * expert_share(spec))
     return Profile(
         spec=spec,
         menu=menu,
@@ -199,15 +199,6 @@ def _one_expert(
     view = layer.experts.stacked(up[None], down[None], only=expert)
     index = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
     return grouped_mm_experts_forward(view, hidden, index, weight[:, None])
-
-
-def _expert_share(moe: MoEModel) -> float:
-    """Return the share of a forward's weight FLOPs that the routed experts take."""
-    spec = moe.spec
-    active = sum(
-        layer.top_k * layer.expert_parameters // layer.num_experts for layer in spec.moe_layers
-    )
-    return active / (active + spec.other_parameters)
 
 
 def _weight_statistics(moe: MoEModel) -> dict[str, NDArray[np.float64]]:

@@ -47,8 +47,8 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
     ## Rewards
 
     The change of `R` (:mod:`dmpq.objective`) that the move brings, so that the return is what the
-    final map gains over the start. `info["reward_terms"]` holds the change of each term. A map
-    whose loss is not finite has R = -10 (`info["status"]`).
+    final map gains over the start. `info["reward_terms"]` holds the change of each term,
+    `info["objective"]` R itself. A map whose loss is not finite counts with 100 nats.
 
     ## Starting State
 

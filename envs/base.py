@@ -20,9 +20,6 @@ from dmpq.problem import Problem, Scores
 ActType = TypeVar("ActType")
 Step = tuple[Observation, float, bool, bool, dict[str, Any]]
 
-FAILURE_REWARD: Final = -10.0
-"""Reward of a map whose loss is not finite; the narrowest uniform map's is about -1."""
-
 _TOLERANCE: Final = 1e-9
 """Rewards this close count as equal when a map is compared with the knapsack's."""
 
@@ -87,6 +84,7 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         self.render_mode = render_mode
         self._score = self.problem.evaluate if score is None else score
         self._parts = NamedParts(self.problem) if observation == "dict" else None
+        self._bit_capacity = _bit_capacity(self.problem)
         self._floor: float | None = None
         self._position = 0
         self._map = self._blank()
@@ -98,21 +96,19 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         """Return a finished map's scores, its reward, and what ``info`` says of it."""
         scores = self._score(assignment[None])
         reward = float(scores.reward[0])
-        finite = bool(np.isfinite(reward))
         info = {
             "assignment": assignment.copy(),
-            "objective": reward if finite else FAILURE_REWARD,
+            "objective": reward,
             "reward_terms": {name: float(term[0]) for name, term in scores.terms.items()},
-            "kl": float(scores.kl[0]) if finite else np.inf,
-            "nll": float(scores.nll[0]) if finite else np.inf,
+            "kl": float(scores.kl[0]),
+            "nll": float(scores.nll[0]),
             "effective_bits": float(scores.effective_bits[0]),
             "latency_s": float(scores.cost.latency_s[0]),
             "memory_bytes": float(scores.cost.memory_bytes[0]),
             "energy_j": float(scores.cost.energy_j[0]),
             "feasible": bool(scores.feasible[0]),
-            "status": "ok" if finite else "non_finite",
         }
-        return scores, reward if finite else FAILURE_REWARD, info
+        return scores, reward, info
 
     def _is_success(self, reward: float, info: dict[str, Any]) -> bool:
         """Whether a map meets every limit and is no worse than the exact knapsack's."""
@@ -144,14 +140,7 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
     def _budget_left(self) -> float:
         """Return the share of the bit budget that the finished map leaves, in [0, 1]."""
         used = self.problem.sizes[np.arange(len(self._map)), self._map].sum()
-        return max(1 - float(used) / self.bit_capacity, 0.0)
-
-    @property
-    def bit_capacity(self) -> float:
-        """Bits that may be stored: the limit, or what the widest map takes where there is none."""
-        limit = self.problem.constraints.avg_bits
-        widest = float(self.problem.sizes.max(1).sum())
-        return widest if limit is None else min(widest, limit * self.problem.num_weights)
+        return max(1 - float(used) / self._bit_capacity, 0.0)
 
     def state(self) -> EnvState:
         """Return where the episode stands; :meth:`set_state` goes back to it."""
@@ -201,3 +190,10 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         decided = int((self._map >= 0).sum())
         title = f"{decided} of {len(self._map)} decisions, keys are bits"
         return render.table(self.problem, self._map, title)
+
+
+def _bit_capacity(problem: Problem) -> float:
+    """Return the bits that may be stored: the limit, or the widest map's where there is none."""
+    widest = float(problem.sizes.max(1).sum())
+    limit = problem.constraints.avg_bits
+    return widest if limit is None else min(widest, limit * problem.num_weights)

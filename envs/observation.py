@@ -23,7 +23,7 @@ def box(size: int | tuple[int, ...], low: float = -1.0) -> spaces.Box:
 
 def squash(ratio: float) -> float:
     """Return x / (1 + x): maps what is never negative, and 1 at the baseline, into [0, 1]."""
-    return ratio / (1 + ratio) if np.isfinite(ratio) else 1.0
+    return ratio / (1 + ratio)
 
 
 def rows(observation: Floats, problem: Problem) -> tuple[Floats, Floats]:

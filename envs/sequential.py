@@ -60,8 +60,8 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
     `reward="dense"`: the linear surrogate of R that the decision adds, negative. The last step
     adds the difference between the evaluator's R and the sum of the surrogates, so that the
     return is the R of the map (:mod:`dmpq.objective`). `reward="terminal"`: R at the end, zero
-    before; the same return. `info["reward_terms"]` adds up to the reward. R is -10 where the loss
-    is not finite (`info["status"]`).
+    before; the same return. `info["reward_terms"]` adds up to the reward; on the last step
+    `info["objective"]` is R. A map whose loss is not finite counts with 100 nats.
 
     ## Starting State
 
@@ -159,3 +159,77 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
         info["reward_terms"] = dict(zip(TERMS, terms.tolist(), strict=True))
         info["invalid_action"] = chosen != asked
         return self._observe(), float(terms.sum()), done, False, info
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Return which formats leave enough of every exact budget for what is to come, (B,)."""
+        at = self._position
+        if at == self.horizon:
+            return np.ones(len(self.problem.menu), dtype=np.bool_)
+        least = self._used + self._reserve[:, at]
+        fits: NDArray[np.bool_] = self._sizes[:, at] + least[:, None] <= self._capacity[:, None]
+        return fits.all(0)
+
+    def _finish(self) -> dict[str, Any]:
+        """Project and score the finished map."""
+        asked = self._map
+        self._map = self._nearest(asked)
+        _, reward, info = self._evaluate(self._map)
+        info["moved"] = int((self._map != asked).sum())
+        info["is_success"] = self._is_success(reward, info)
+        return info
+
+    def _observe(self) -> Observation:
+        at, count = self._position, self.horizon
+        costs = [squash(ratio) for ratio in self._sums.tolist()]
+        left = max(1 - self._bits / self._bit_capacity, 0.0)
+        if self._parts is not None:
+            return self._parts.observe(
+                self._map,
+                np.array([*costs, left], dtype=np.float32),
+                row=self._fixed[at, : self.problem.features.shape[1]].copy(),
+                progress=np.array([at / count], dtype=np.float32),
+            )
+        to_come, taken = int(self._weights_to_come[at]), int(self._weights_taken[at])
+        affordable = left * self._bit_capacity / to_come if to_come else 0.0
+        mean_bits = self._bits / taken if taken else 0.0
+        observation = np.empty(self._fixed.shape[1] + _SCALARS, dtype=np.float32)
+        observation[:-_SCALARS] = self._fixed[at]
+        observation[-_SCALARS:] = (
+            *costs,
+            left,
+            min(affordable / FULL_WIDTH, 1.0),
+            mean_bits / (2 * FULL_WIDTH),
+            at / count,
+        )
+        return observation
+
+    def _totals(self) -> tuple[float, ...]:
+        return (*self._used.tolist(), self._bits, *self._sums.tolist())
+
+    def _restore(self, totals: tuple[float, ...]) -> Observation:
+        limits = len(self._capacity)
+        self._used = np.array(totals[:limits], dtype=np.int64)
+        self._bits = int(totals[limits])
+        self._sums = np.array(totals[limits + 1 :], dtype=np.float64)
+        return self._observe()
+
+
+def _fixed_parts(
+    features: NDArray[np.float32], context: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Return what is observed at each position whatever was decided, (D + 1, 3 * F + C).
+
+    The order of the decisions is fixed, so that the pooled rows can be known in advance and a
+    step need not touch them.
+    """
+    decisions, width = features.shape
+    nothing = np.zeros((1, width))
+    sums = np.vstack([nothing, features.cumsum(0, dtype=np.float64)])
+    taken = np.arange(decisions + 1)[:, None]
+    mean_taken = sums / np.maximum(taken, 1)
+    mean_to_come = (sums[-1] - sums) / np.maximum(decisions - taken, 1)
+    # Rounding of the sums must not leave the box.
+    pooled = np.clip(np.hstack([mean_to_come, mean_taken]), -1, 1)
+    rows = np.vstack([features, nothing])
+    repeated = np.tile(context, (decisions + 1, 1))
+    return np.hstack([rows, pooled, repeated]).astype(np.float32)

@@ -73,7 +73,7 @@ def _rtn_range(
         quant_max=high,
         scale_dtype=torch.float32,
     )
-    return scale, zero.float()
+    return scale.view(len(weight), -1), zero.float().view(len(weight), -1)
 
 
 def _hqq_range(

@@ -1,0 +1,170 @@
+"""PPO over log-importances: a learned proposal on top of the exact knapsack.
+
+The search starts at the knapsack's own solution (a zero log-importance) and looks for the
+interactions that additive sensitivities miss. stable-baselines3's PPO does the learning; every
+map is scored through the recorder, which counts the evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
+
+from dmpq.agents.base import Candidate, Recorder, SearchResult
+from dmpq.agents.policy import Policy, PolicyConfig
+from dmpq.envs.importance import ExpertBitsImportanceEnv
+from dmpq.errors import InputError
+from dmpq.problem import Problem
+
+if TYPE_CHECKING:
+    from dmpq.agents.networks import ImportancePolicy
+
+_SAMPLES_PER_EVALUATION: Final = 4
+"""Maps met before are free, so a search may take more samples than evaluations: up to this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOAgent:
+    """Searches with stable-baselines3's PPO on ``dmpq/ExpertBitsImportance-v0``.
+
+    One network, shared by all decisions, maps feature rows to mean log-importances; its output
+    starts at zero. Samples come in mirrored pairs around the mean. The first evaluation is the
+    knapsack's own map, so the result is never worse than that on the search's text.
+
+    Attributes:
+        learning_rate: Adam's step; 0 leaves the best of random perturbations of the knapsack.
+        std: Standard deviation of the samples at the start, in log-importance.
+        std_decay: Factor on ``std`` after every update.
+        samples: Samples per update; even.
+        epochs: Passes over the samples per update.
+        hidden: Width of the two hidden layers.
+        embedding: Size of the embedding that each decision learns; 0 leaves features alone, which
+            is what a policy for other models should be trained with.
+        log_scale: Largest absolute log-importance.
+    """
+
+    name: ClassVar[str] = "ppo"
+
+    learning_rate: float = 3e-3
+    std: float = 0.5
+    std_decay: float = 0.985
+    samples: int = 16
+    epochs: int = 10
+    hidden: int = 64
+    embedding: int = 8
+    log_scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or self.samples % 2:
+            raise InputError(f"samples is {self.samples}; choose an even number, 2 or more.")
+        for name in ("std", "std_decay", "log_scale", "epochs", "hidden"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("learning_rate", "embedding"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
+
+    def search(
+        self,
+        problem: Problem,
+        *,
+        evaluations: int,
+        seed: int,
+        on_candidate: Callable[[Candidate], None] | None = None,
+    ) -> SearchResult:
+        """Return the best map among ``evaluations`` distinct ones, and the policy learned.
+
+        Args:
+            problem: What to search.
+            evaluations: Number of distinct maps that may be evaluated.
+            seed: Seed of the network and the samples; the same seed gives the same result.
+            on_candidate: Called with every map evaluated.
+        """
+        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
+        recorder.evaluate(problem.mckp()[None])
+        learned = self._learn(problem, recorder, seed=seed)
+        return recorder.result(policy=self._policy(problem, learned, seed=seed))
+
+    def _learn(self, problem: Problem, recorder: Recorder, *, seed: int) -> ImportancePolicy:
+        import torch as th
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.callbacks import BaseCallback
+
+        from dmpq.agents.networks import ImportancePolicy, NetworkShape
+
+        agent = self
+
+        class Schedule(BaseCallback):
+            """Narrows the samples, tries the mean after each update, stops at the budget."""
+
+            def _on_rollout_start(self) -> None:
+                update = self.num_timesteps // agent.samples
+                policy.set_std(agent.std * agent.std_decay**update)
+                # One evaluation stays for the sample that follows.
+                if recorder.remaining > 1:
+                    action, _ = policy.predict(observation, deterministic=True)
+                    mean = problem.propose(agent.log_scale * action.astype(np.float64))
+                    recorder.evaluate(mean[None])
+
+            def _on_step(self) -> bool:
+                return recorder.remaining > 0
+
+        decisions, features = problem.features.shape
+        env = ExpertBitsImportanceEnv(
+            problem=problem, score=recorder.evaluate, log_scale=self.log_scale
+        )
+        observation, _ = env.reset()
+        # What the search draws leaves the caller's generator alone.
+        with th.random.fork_rng(devices=[]):
+            model = PPO(
+                ImportancePolicy,
+                env,
+                learning_rate=self.learning_rate,
+                n_steps=self.samples,
+                batch_size=self.samples,
+                n_epochs=self.epochs,
+                gamma=0.0,
+                seed=seed,
+                device="cpu",
+                policy_kwargs={
+                    "shape": NetworkShape(
+                        features=features,
+                        context=len(problem.context),
+                        decisions=decisions,
+                        hidden=self.hidden,
+                        embedding=self.embedding,
+                    ),
+                    "log_scale": self.log_scale,
+                    "std": self.std,
+                },
+            )
+            policy = model.policy
+            assert isinstance(policy, ImportancePolicy)
+            if recorder.remaining:
+                model.learn(_SAMPLES_PER_EVALUATION * recorder.remaining, callback=Schedule())
+        return policy
+
+    def _policy(self, problem: Problem, learned: ImportancePolicy, *, seed: int) -> Policy:
+        weights = learned.network.state_dict()
+        return Policy(
+            config=PolicyConfig(
+                menu=problem.menu.keys,
+                feature_names=tuple(problem.feature_names),
+                context_size=len(problem.context),
+                decisions=problem.num_decisions,
+                hidden=self.hidden,
+                embedding=self.embedding,
+                log_scale=self.log_scale,
+            ),
+            weights={name: value.numpy().copy() for name, value in weights.items()},
+            training={
+                "agent": self.name,
+                "seed": str(seed),
+                "model": problem.spec.name,
+                "hardware": problem.hardware.name,
+                "serve": problem.serve,
+            },
+        )

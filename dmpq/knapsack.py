@@ -1,0 +1,259 @@
+"""The exact multiple-choice knapsack: one format per decision, least damage within a budget.
+
+Minimise ``sum_d values[d, x_d]`` subject to ``sum_d sizes[d, x_d] <= capacity``. The method is
+the classical one (Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", 1995,
+sections 2 to 4): drop dominated choices, bound by the Lagrangian dual, and solve by dynamic
+programming over the few choices whose reduced cost the bound does not rule out. Where the table
+would be too large, HiGHS solves what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.errors import InputError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_FIRST_CORE: Final = 32
+"""Choices beyond the dual's own with which the first table is built."""
+
+_MAX_TABLE: Final = 1 << 28
+"""Largest table of choices, entries of one byte."""
+
+_ROUNDING: Final = 1e-12
+"""Differences below this share of the values' scale are rounding."""
+
+_MIP_SCALE: Final = 1e4
+"""Largest cost handed to HiGHS, whose absolute gap is 1e-6."""
+
+
+def solve_mckp(values: Floats, sizes: Ints, capacity: int) -> Ints:
+    """Return the best choice of each decision, int64 (D,).
+
+    Args:
+        values: (D, B), what each choice costs in the objective; smaller is better.
+        sizes: (D, B), what each choice takes of the capacity, integers.
+        capacity: Upper limit on the sum of the chosen sizes.
+
+    Raises:
+        InputError: If a value is not finite, or even the smallest choices do not fit.
+    """
+    return Mckp(sizes, capacity).solve(values)
+
+
+def solve_mckp_multi(values: Floats, sizes: Ints, capacities: Sequence[int] | Ints) -> Ints:
+    """Return the best choice of each decision under several linear limits at once, int64 (D,).
+
+    Args:
+        values: (D, B), what each choice costs in the objective.
+        sizes: (C, D, B), what each choice takes of each limit.
+        capacities: (C,), the limits.
+
+    Raises:
+        InputError: If a value is not finite, or no choice meets every limit.
+    """
+    rows = np.arange(len(values))
+    for size, capacity in zip(sizes, capacities, strict=True):
+        # A relaxation's optimum that meets the other limits too is the optimum.
+        choice = solve_mckp(values, size, int(capacity))
+        if (sizes[:, rows, choice].sum(1) <= capacities).all():
+            return choice
+    return _solve_mip(values, np.ones(values.shape, bool), sizes, np.asarray(capacities))
+
+
+@dataclass(frozen=True, eq=False)
+class Mckp:
+    """One knapsack to be solved for many values; everything but the values is prepared once.
+
+    Ties go to fewer bits.
+
+    Attributes:
+        sizes: (D, B), what each choice takes of the capacity, integers.
+        capacity: Upper limit on the sum of the chosen sizes.
+    """
+
+    sizes: Ints
+    capacity: int
+
+    def __post_init__(self) -> None:
+        smallest = int(self.sizes.min(1).sum())
+        if smallest > self.capacity:
+            raise InputError(
+                f"A capacity of {self.capacity} is below {smallest}, the least that the "
+                f"{len(self.sizes)} decisions can take; raise the limit or offer smaller formats."
+            )
+
+    @cached_property
+    def _order(self) -> Ints:
+        """Choices of each decision by size, (D, B)."""
+        return np.argsort(self.sizes, axis=1, kind="stable")
+
+    @cached_property
+    def _sorted(self) -> Ints:
+        """Sizes in increasing order, (D, B)."""
+        return np.take_along_axis(self.sizes, self._order, axis=1)
+
+    @cached_property
+    def _pairs(self) -> tuple[Ints, Ints, Floats]:
+        """Every pair of choices (smaller, larger), and the inverse of their size difference."""
+        left, right = np.triu_indices(self.sizes.shape[1], k=1)
+        steps = (self._sorted[:, right] - self._sorted[:, left]).astype(np.float64)
+        with np.errstate(divide="ignore"):
+            return left, right, np.where(steps > 0, 1 / steps, 0.0)
+
+    def solve(self, values: Floats) -> Ints:
+        """Return the best choice of each decision, int64 (D,).
+
+        Args:
+            values: (D, B), what each choice costs in the objective; smaller is better.
+
+        Raises:
+            InputError: If a value is not finite.
+        """
+        if values.shape != self.sizes.shape:
+            raise InputError(
+                f"Values of shape {values.shape} do not match sizes of shape {self.sizes.shape}."
+            )
+        if not np.isfinite(values).all():
+            raise InputError("The knapsack's values must be finite numbers; some are not.")
+        rows = np.arange(len(values))
+        by_size = np.take_along_axis(np.asarray(values, np.float64), self._order, axis=1)
+        return self._order[rows, self._solve_sorted(by_size)]
+
+    def _solve_sorted(self, values: Floats) -> Ints:
+        sizes, rows = self._sorted, np.arange(len(values))
+        best_so_far = np.minimum.accumulate(values, axis=1)
+        kept = np.ones(values.shape, bool)
+        kept[:, 1:] = values[:, 1:] < best_so_far[:, :-1]
+        lowest = values.argmin(1)
+        if sizes[rows, lowest].sum() <= self.capacity:
+            return lowest
+        price = self._price(values, kept)
+        priced = np.where(kept, values + price * sizes, np.inf)
+        least = priced.min(1)
+        reduced = priced - least[:, None]
+        bound = float(least.sum() - price * self.capacity)
+        slack = _ROUNDING * float(np.abs(least).sum() + price * self.capacity)
+        count = len(values) + _FIRST_CORE
+        while True:
+            threshold = _smallest(reduced[kept], count)
+            core = kept & (reduced <= threshold)
+            choice = _solve_core(values, core, sizes, self.capacity)
+            gap = float(values[rows, choice].sum()) - bound
+            # A map with a choice outside the core is worse than the bound by more than the
+            # threshold, so that a smaller gap proves this one optimal.
+            if gap <= slack or gap < threshold - slack or core.sum() == kept.sum():
+                return choice
+            count += 3 * (count - len(values))
+
+    def _price(self, values: Floats, kept: NDArray[np.bool_]) -> float:
+        """Return the smallest price per unit of size at which the cheapest choices fit.
+
+        The dual's breakpoints are slopes between two choices, so that a binary search over all
+        slopes finds its maximum exactly.
+        """
+        left, right, inverse = self._pairs
+        slopes = (values[:, left] - values[:, right]) * inverse
+        slopes = np.sort(slopes[(slopes > 0) & kept[:, left] & kept[:, right]])
+        sizes, rows = self._sorted, np.arange(len(values))
+        masked = np.where(kept, values, np.inf)
+        low, high = 0, len(slopes)
+        while low < high:
+            middle = (low + high) // 2
+            choice = (masked + slopes[middle] * sizes).argmin(1)
+            if sizes[rows, choice].sum() <= self.capacity:
+                high = middle
+            else:
+                low = middle + 1
+        # Above the steepest slope every smallest choice wins.
+        return float(slopes[low]) if low < len(slopes) else 2 * float(slopes[-1])
+
+
+def _smallest(values: Floats, count: int) -> float:
+    """Return the ``count``-th smallest value, or the largest where there are fewer."""
+    index = min(count, values.size) - 1
+    return float(np.partition(values, index)[index])
+
+
+def _solve_core(values: Floats, core: NDArray[np.bool_], sizes: Ints, capacity: int) -> Ints:
+    """Solve over the choices of a core, sizes increasing along each row, (D,)."""
+    smallest = core.argmax(1)
+    rows = np.arange(len(values))
+    spare = capacity - int(sizes[rows, smallest].sum())
+    extra = np.where(core, sizes - sizes[rows, smallest][:, None], 0)
+    open_rows = np.flatnonzero(core.sum(1) > 1)
+    unit = int(np.gcd.reduce(extra[open_rows], axis=None)) or 1
+    width = min(spare, int(extra.max(1).sum())) // unit + 1
+    if width * len(open_rows) > _MAX_TABLE:
+        return _solve_mip(values, core, sizes[None], np.array([capacity]))
+    choice = smallest
+    table = np.empty((len(open_rows), width), np.int8)
+    best = np.zeros(1)
+    for step, row in zip(table, open_rows, strict=True):
+        options = np.flatnonzero(core[row])
+        best = _add_decision(best, values[row, options], extra[row, options] // unit, step)
+    at = int(best.argmin())
+    for i in range(len(open_rows) - 1, -1, -1):
+        row = open_rows[i]
+        choice[row] = np.flatnonzero(core[row])[table[i, at]]
+        at -= int(extra[row, choice[row]]) // unit
+    return choice
+
+
+def _add_decision(best: Floats, values: Floats, units: Ints, chosen: NDArray[np.int8]) -> Floats:
+    """Return the least value at every exact size once a decision is added.
+
+    Args:
+        best: (W,), least value of the decisions before, by exact size.
+        values: (b,), of the decision's options.
+        units: (b,), sizes of the options, increasing from 0.
+        chosen: (W_max,), written: which option each size takes.
+    """
+    width = min(len(best) + int(units[-1]), len(chosen))
+    totals = np.full((len(values), width), np.inf)
+    for total, value, unit in zip(totals, values, units.tolist(), strict=True):
+        reach = min(len(best), width - unit)
+        if reach > 0:
+            np.add(best[:reach], value, out=total[unit : unit + reach])
+    choice = totals.argmin(0)
+    chosen[:width] = choice
+    return totals[choice, np.arange(width)]
+
+
+def _solve_mip(values: Floats, allowed: NDArray[np.bool_], sizes: Ints, capacities: Ints) -> Ints:
+    """Solve by branch and bound (HiGHS) over the allowed choices, (D,)."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import eye_array, kron
+
+    decisions, choices = values.shape
+    cost = values - np.where(allowed, values, np.inf).min(1, keepdims=True)
+    cost = np.where(allowed, cost, 0)
+    cost *= _MIP_SCALE / (cost.max() or 1)
+    one_each = kron(eye_array(decisions), np.ones((1, choices)))
+    units = np.maximum(np.gcd.reduce(sizes.reshape(len(sizes), -1), axis=1), 1)
+    result = milp(
+        cost.ravel(),
+        integrality=np.ones(values.size),
+        bounds=Bounds(0, allowed.ravel().astype(float)),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(
+                sizes.reshape(len(sizes), -1) / units[:, None], ub=capacities // units
+            ),
+        ],
+        options={"mip_rel_gap": 1e-9},
+    )
+    if result.x is None:
+        raise InputError(
+            "No choice of formats meets all limits together; raise one of them or offer smaller "
+            "formats."
+        )
+    return result.x.reshape(values.shape).argmax(1)

@@ -1,0 +1,440 @@
+"""The geometry of a Mixture-of-Experts model: every shape that a cost depends on, no weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.errors import InputError, unknown
+from dmpq.formats import Menu
+
+GEOMETRIES: Final = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
+
+_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TOP_KS: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
+_EXPERT_WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_DENSE_WIDTHS: Final = ("intermediate_size_mlp", "intermediate_size")
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """The routed experts of one layer, all of one shape.
+
+    Attributes:
+        path: Module path of the experts container.
+        num_experts: Routed experts, E.
+        top_k: Experts that each token selects.
+        hidden_size: Width of the residual stream, H.
+        intermediate_size: Width inside an expert, I.
+        gated: Whether a gate projection stands beside the up projection.
+        shared_intermediate_size: Summed width of the shared experts; 0 for none.
+    """
+
+    path: str
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    gated: bool = True
+    shared_intermediate_size: int = 0
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, may_be_zero=("shared_intermediate_size",))
+        if self.top_k > self.num_experts:
+            raise InputError(
+                f"{self.path} selects {self.top_k} of {self.num_experts} experts per token; "
+                "top_k may be at most num_experts."
+            )
+
+    @property
+    def gate_up_shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the gate and up projections, stacked."""
+        return (2 if self.gated else 1) * self.intermediate_size, self.hidden_size
+
+    @property
+    def down_shape(self) -> tuple[int, int]:
+        """Shape (out, in) of the down projection."""
+        return self.hidden_size, self.intermediate_size
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all routed experts of this layer."""
+        return self.num_experts * (math.prod(self.gate_up_shape) + math.prod(self.down_shape))
+
+    @property
+    def resident_parameters(self) -> int:
+        """Weights that every token uses: the router and the shared experts."""
+        matrices = 3 if self.gated else 2
+        shared = matrices * self.hidden_size * self.shared_intermediate_size
+        return self.num_experts * self.hidden_size + shared
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The geometry of a model.
+
+    Attributes:
+        name: What to call it.
+        model_type: Family, as in the Hugging Face config.
+        hidden_size: Width of the residual stream.
+        num_layers: Decoder layers, with and without experts.
+        num_attention_heads: Query heads.
+        num_key_value_heads: Key and value heads.
+        head_dim: Width of one head.
+        vocab_size: Rows of the embedding.
+        tie_word_embeddings: Whether the head shares the embedding's weights.
+        dense_intermediate_size: Width of the layers without experts; 0 where all have some.
+        moe_layers: Layers with experts, in order.
+        dtype_bytes: Bytes of a weight that is not quantized.
+        attention_parameters: Weights of one layer's attention with its norms; 0 to derive them
+            from the heads.
+        cache_values: Numbers that one token leaves in one layer's KV cache; 0 for a key and a
+            value per head (latent attention keeps fewer).
+    """
+
+    name: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    dense_intermediate_size: int
+    moe_layers: tuple[MoELayer, ...]
+    dtype_bytes: int = 2
+    attention_parameters: int = 0
+    cache_values: int = 0
+
+    def __post_init__(self) -> None:
+        optional = ("dense_intermediate_size", "attention_parameters", "cache_values")
+        _check_numbers(self, may_be_zero=optional)
+        if not 0 < len(self.moe_layers) <= self.num_layers:
+            raise InputError(
+                f"{self.name} has {len(self.moe_layers)} MoE layers among {self.num_layers}; "
+                "there must be at least one, and no more than layers."
+            )
+        if len({layer.path for layer in self.moe_layers}) != len(self.moe_layers):
+            raise InputError(f"{self.name} names an experts path twice; every path must differ.")
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of all layers, N."""
+        return sum(layer.num_experts for layer in self.moe_layers)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of all routed experts."""
+        return sum(layer.expert_parameters for layer in self.moe_layers)
+
+    @property
+    def attention_parameters_per_layer(self) -> int:
+        """Weights of one layer's attention, with the norms of the layer."""
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads) * self.head_dim
+        return self.attention_parameters or self.hidden_size * (heads + 2)
+
+    @property
+    def cache_values_per_token(self) -> int:
+        """Numbers that one token leaves in one layer's KV cache."""
+        return self.cache_values or 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding, which are also those of an output head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def other_parameters(self) -> int:
+        """Weights outside the routed experts, all kept at the checkpoint's own precision."""
+        dense_layers = self.num_layers - len(self.moe_layers)
+        return (
+            self.num_layers * self.attention_parameters_per_layer
+            + dense_layers * 3 * self.hidden_size * self.dense_intermediate_size
+            + sum(layer.resident_parameters for layer in self.moe_layers)
+            + self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
+            + self.hidden_size
+        )
+
+    @cached_property
+    def layer_of_expert(self) -> NDArray[np.int64]:
+        """MoE layer ordinal of each expert, shape (N,)."""
+        counts = [layer.num_experts for layer in self.moe_layers]
+        return np.repeat(np.arange(len(counts)), counts)
+
+    def stored_bits(self, menu: Menu) -> NDArray[np.int64]:
+        """Return the bits of each expert's gate+up and down in each format, shape (N, 2, B).
+
+        Raises:
+            InputError: If a group size does not divide an expert's width.
+        """
+        per_layer = np.array(
+            [
+                (menu.stored_bits(layer.gate_up_shape), menu.stored_bits(layer.down_shape))
+                for layer in self.moe_layers
+            ]
+        )
+        stored: NDArray[np.int64] = per_layer[self.layer_of_expert]
+        return stored
+
+    def with_widths_of(self, other: ModelSpec) -> ModelSpec:
+        """Return this model's layers, experts and vocabulary at another model's widths.
+
+        Hidden, expert and attention widths are the other's; shared and dense widths keep their
+        proportion to an expert's.
+        """
+        pattern = other.moe_layers[0]
+
+        def scaled(width: int, layer: MoELayer) -> int:
+            return round(width * pattern.intermediate_size / layer.intermediate_size)
+
+        layers = tuple(
+            replace(
+                layer,
+                hidden_size=pattern.hidden_size,
+                intermediate_size=pattern.intermediate_size,
+                gated=pattern.gated,
+                shared_intermediate_size=scaled(layer.shared_intermediate_size, layer),
+            )
+            for layer in self.moe_layers
+        )
+        taken = (
+            "hidden_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "dtype_bytes",
+            "attention_parameters",
+            "cache_values",
+        )
+        return replace(
+            self,
+            name=f"{self.name} at {other.name}'s widths",
+            dense_intermediate_size=scaled(self.dense_intermediate_size, self.moe_layers[0]),
+            moe_layers=layers,
+            **{name: getattr(other, name) for name in taken},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the geometry as a plain dict."""
+        data = asdict(self)
+        data["moe_layers"] = list(data["moe_layers"])
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> ModelSpec:
+        """Return the geometry that :meth:`to_json` wrote.
+
+        Raises:
+            InputError: If a field is missing, unknown, or of the wrong type.
+        """
+        values = _read_fields(cls, data, "geometry")
+        layers = values["moe_layers"]
+        if not isinstance(layers, list | tuple):
+            raise InputError("The geometry's moe_layers is not a list; write one object a layer.")
+        values["moe_layers"] = tuple(
+            MoELayer(**_read_fields(MoELayer, layer, f"geometry's MoE layer {i}"))
+            for i, layer in enumerate(layers)
+        )
+        return cls(**values)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        *,
+        name: str,
+        paths: Sequence[str] | None = None,
+    ) -> ModelSpec:
+        """Return the geometry that a Hugging Face ``config.json`` describes.
+
+        Args:
+            config: The parsed file; of a multimodal model, its text part is read.
+            name: What to call the model.
+            paths: Module paths of the experts containers, where a loaded model tells them;
+                ``None`` to follow the config's rule for sparse layers.
+
+        Raises:
+            InputError: If the config has no experts, or a width is missing.
+        """
+        text = config.get("text_config")
+        text = text if isinstance(text, Mapping) else config
+        experts = _first(text, _EXPERT_COUNTS, name)
+        if experts < 2:
+            raise InputError(
+                f"{name} is a dense model: it has no experts to give bits to; "
+                "use a Mixture-of-Experts model."
+            )
+        layers = _first(text, ("num_hidden_layers",), name)
+        width = _first(text, _EXPERT_WIDTHS, name)
+        if paths is None:
+            sparse = [i for i in range(layers) if _is_sparse(text, i)]
+            paths = [f"model.layers.{i}.mlp.experts" for i in sparse]
+        hidden = _first(text, ("hidden_size",), name)
+        heads = _first(text, ("num_attention_heads",), name)
+        moe_layer = MoELayer(
+            path="experts",
+            num_experts=experts,
+            top_k=_first(text, _TOP_KS, name),
+            hidden_size=hidden,
+            intermediate_size=width,
+            shared_intermediate_size=_shared_width(text, width),
+        )
+        return cls(
+            name=name,
+            model_type=str(text.get("model_type", config.get("model_type", ""))),
+            hidden_size=hidden,
+            num_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=text.get("num_key_value_heads") or heads,
+            head_dim=text.get("head_dim") or hidden // heads,
+            vocab_size=_first(text, ("vocab_size",), name),
+            tie_word_embeddings=bool(
+                text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+            ),
+            dense_intermediate_size=(
+                _first(text, _DENSE_WIDTHS, name) if len(paths) < layers else 0
+            ),
+            moe_layers=tuple(replace(moe_layer, path=path) for path in paths),
+            attention_parameters=_attention_parameters(text, hidden, heads),
+            cache_values=_latent_width(text),
+        )
+
+
+def load_geometry(name_or_path: str) -> ModelSpec:
+    """Return a shipped geometry by name, or that of a ``config.json``, or of its folder.
+
+    Raises:
+        InputError: If there is no such geometry, or the file is no config of an MoE model.
+    """
+    if name_or_path in GEOMETRIES:
+        file = resources.files("dmpq") / "geometries" / f"{name_or_path}.json"
+        return ModelSpec.from_config(json.loads(file.read_text("utf-8")), name=name_or_path)
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise unknown("geometry", name_or_path, GEOMETRIES, "Or give the path of a config.json.")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}); give a model's config.json.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds no JSON object; give a model's config.json.")
+    return ModelSpec.from_config(config, name=path.parent.name or path.stem)
+
+
+def _first(config: Mapping[str, Any], keys: Sequence[str], name: str) -> int:
+    """Return the first of several keys that holds a number."""
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    if keys is _EXPERT_COUNTS:
+        return 0
+    raise InputError(
+        f"The config of {name} gives no whole number for {' or '.join(keys)}; add one."
+    )
+
+
+def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+    """Say whether a layer has experts, by the rules of the families in transformers."""
+    kinds = config.get("mlp_layer_types")
+    if kinds:
+        return bool(kinds[layer] == "sparse")
+    if config.get("moe_layers"):
+        return layer in config["moe_layers"]
+    frequency = config.get("moe_layer_freq", 1)
+    if isinstance(frequency, list):
+        return bool(frequency[layer])
+    return (
+        layer >= (config.get("first_k_dense_replace") or 0)
+        and layer not in (config.get("mlp_only_layers") or ())
+        and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+        and layer % (frequency or 1) == 0
+    )
+
+
+def _shared_width(config: Mapping[str, Any], width: int) -> int:
+    if config.get("model_type") == "llama4_text":
+        return width
+    count = config.get("n_shared_experts") or config.get("num_shared_experts") or 0
+    return int(config.get("shared_expert_intermediate_size") or count * width)
+
+
+def _latent_width(config: Mapping[str, Any]) -> int:
+    """Return what latent attention (DeepSeek-V2, arXiv 2405.04434) caches; 0 for other kinds."""
+    rank = config.get("kv_lora_rank") or 0
+    return rank + config["qk_rope_head_dim"] if rank else 0
+
+
+def _attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    """Return one layer's attention weights with its norms, as the families in transformers do."""
+    norms = 2 * hidden
+    if config.get("kv_lora_rank"):
+        return _latent_attention_parameters(config, hidden, heads) + norms
+    head_dim = config.get("head_dim") or hidden // heads
+    query = heads * head_dim
+    cached = (config.get("num_key_value_heads") or heads) * head_dim
+    family = config.get("model_type")
+    if family == "olmoe":
+        norms += query + cached
+    if family == "qwen3_moe":
+        norms += 2 * head_dim
+    biased = family == "qwen2_moe" and config.get("qkv_bias", True)
+    biases = query + 2 * cached if biased or config.get("attention_bias") else 0
+    return hidden * 2 * (query + cached) + biases + norms
+
+
+def _latent_attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    """Return the weights of latent attention: down- and up-projections of queries and cache."""
+    rope, plain, value = (
+        config[key] for key in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    )
+    rank, query_rank = config["kv_lora_rank"], config.get("q_lora_rank")
+    out = heads * (plain + rope)
+    query = hidden * query_rank + query_rank + query_rank * out if query_rank else hidden * out
+    cache = hidden * (rank + rope) + rank + rank * heads * (plain + value)
+    return int(query + cache + heads * value * hidden)
+
+
+def _check_numbers(owner: MoELayer | ModelSpec, *, may_be_zero: Sequence[str]) -> None:
+    """Refuse numbers of no sense: costs are computed from them without another look."""
+    for name, hint in get_type_hints(type(owner)).items():
+        if hint is not int:
+            continue
+        value, least = getattr(owner, name), 0 if name in may_be_zero else 1
+        if value < least:
+            raise InputError(
+                f"The geometry's {name} is {value}; it must be a whole number, {least} or more."
+            )
+
+
+def _read_fields(kind: type[Any], data: Any, what: str) -> dict[str, Any]:
+    """Return the values of a dataclass's fields from a JSON object, their types checked."""
+    if not isinstance(data, dict):
+        raise InputError(f"The {what} is not a JSON object; write its fields as names and values.")
+    hints = get_type_hints(kind)
+    strange = next((key for key in data if key not in hints), None)
+    if strange is not None:
+        raise unknown(f"field of the {what}", str(strange), hints)
+    for field in fields(kind):
+        if field.name not in data:
+            if field.default is field.default_factory:
+                raise InputError(f"The {what} has no {field.name}; add it.")
+            continue
+        hint, value = hints[field.name], data[field.name]
+        if hint in (int, str, bool) and type(value) is not hint:
+            raise InputError(
+                f"The {what}'s {field.name} is {value!r}; it must be of type {hint.__name__}."
+            )
+    return dict(data)

@@ -1,0 +1,20 @@
+"""What a bit map costs on a device: latency, memory and energy of one step of a workload."""
+
+from dmpq.hw_models.analytical import AnalyticalModel, Breakdown
+from dmpq.hw_models.base import Cost, HardwareModel, Workload
+from dmpq.hw_models.catalogue import list_hardware, load_hardware
+from dmpq.hw_models.device import Device, Kernel, Power, Stack
+
+__all__ = [
+    "AnalyticalModel",
+    "Breakdown",
+    "Cost",
+    "Device",
+    "HardwareModel",
+    "Kernel",
+    "Power",
+    "Stack",
+    "Workload",
+    "list_hardware",
+    "load_hardware",
+]

@@ -1,0 +1,211 @@
+"""What the cost of every bit map is put together from: computed once per model and workload."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.formats import Format, Menu
+from dmpq.hw_models.base import Floats, Workload
+from dmpq.hw_models.device import Device, Stack
+from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
+from dmpq.spec import ModelSpec, MoELayer
+
+BITS_PER_BYTE: Final = 8
+FLOPS_PER_WEIGHT: Final = 2
+CACHE_BYTES: Final = 2
+ACTIVATION_BYTES: Final = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """L layers, 2 projections, B formats; seconds are per expert that is certainly active.
+
+    Attributes:
+        base: int (N,), position of each expert's layer in a flat (L, B) array.
+        active: (N,), probability that a step wakes the expert.
+        rows: (N,), expected rows computed, tiles filled up.
+        stored_bytes: (L, 2, B), memory of one expert.
+        traffic_bytes: (L, 2, B), bytes read when it is active.
+        memory_s: (L, 2, B), time to read them.
+        unpack_s: (L, 2, B), time to dequantize them.
+        flops_per_row: (L, 2), operations per row.
+        row_s: (L, 2, B), time to compute one row.
+        launch_s: (B,), half of a layer's launch: that of one projection.
+        attention_s: Time outside routed experts and head, all layers.
+        head_s: Time of the head.
+        overhead_s: Fixed time.
+        resident_traffic_bytes: Bytes read outside the routed experts.
+        resident_flops: Operations outside the routed experts.
+        resident_bytes: Memory outside the routed experts: other weights, KV cache, activations.
+    """
+
+    base: NDArray[np.int64]
+    active: Floats
+    rows: Floats
+    stored_bytes: Floats
+    traffic_bytes: Floats
+    memory_s: Floats
+    unpack_s: Floats
+    flops_per_row: Floats
+    row_s: Floats
+    launch_s: Floats
+    attention_s: float
+    head_s: float
+    overhead_s: float
+    resident_traffic_bytes: float
+    resident_flops: float
+    resident_bytes: float
+
+
+def power_mean(*times: Floats) -> Floats:
+    """Return ``(sum of fourth powers)^(1/4)``: a maximum with a rounded corner, in seconds.
+
+    Where memory and compute take equally long, they overlap imperfectly; the exponent is the one
+    that fits the measured MoE tables of ``ai-dynamo/aiconfigurator``.
+    """
+    total = sum(np.square(np.square(t)) for t in times)
+    rounded: Floats = np.sqrt(np.sqrt(total))
+    return rounded
+
+
+@lru_cache(maxsize=32)
+def build_tables(
+    device: Device,
+    stack: Stack,
+    spec: ModelSpec,
+    menu: Menu,
+    workload: Workload,
+    inclusion: bytes | None,
+) -> Tables:
+    """Return the tables; ``inclusion`` is the float64 array's bytes, so that it can be a key.
+
+    Raises:
+        InputError: If ``inclusion`` does not fit the model.
+    """
+    given = None if inclusion is None else np.frombuffer(inclusion, dtype=np.float64)
+    selected = inclusion_probabilities(spec, given)
+    kernels = [stack.kernel(f.bits) for f in menu.formats]
+    weights = np.array(
+        [[np.prod(layer.gate_up_shape), np.prod(layer.down_shape)] for layer in spec.moe_layers],
+        dtype=np.float64,
+    )
+    bandwidth = device.bandwidth_bytes_per_s * np.array([k.memory_efficiency for k in kernels])
+    ceilings = [k.dequantized_weights_per_s or np.inf for k in kernels]
+    speed = [k.compute_efficiency * device.peak_flops_per_s(k.math) for k in kernels]
+    traffic = _per_layer(spec, _as_run(stack, menu), menu)
+    flops = weights * FLOPS_PER_WEIGHT
+    resident = _Resident(device, stack, spec, workload)
+    return Tables(
+        base=spec.layer_of_expert * len(menu),
+        active=active_probability(selected, workload.tokens),
+        rows=padded_rows(selected, workload.tokens, stack.tile_rows),
+        stored_bytes=_per_layer(spec, menu.formats, menu),
+        traffic_bytes=traffic,
+        memory_s=traffic / bandwidth,
+        unpack_s=weights[:, :, None] / np.array(ceilings),
+        flops_per_row=flops,
+        row_s=flops[:, :, None] / np.array(speed),
+        launch_s=np.array([k.launch_s for k in kernels]) / 2,
+        attention_s=resident.attention_s(),
+        head_s=resident.head_s(),
+        overhead_s=(
+            spec.num_layers * stack.layer_s + stack.step_s + workload.batch * stack.sequence_s
+        ),
+        resident_traffic_bytes=resident.layer_bytes().sum() + resident.head_bytes,
+        resident_flops=resident.layer_flops().sum() + resident.head_flops,
+        resident_bytes=resident.memory_bytes(),
+    )
+
+
+def _as_run(stack: Stack, menu: Menu) -> list[Format]:
+    """Return the format that each format is read as: its own, or the one its kernel takes."""
+    widths = [stack.kernel(f.bits).bits for f in menu.formats]
+    return [
+        f if width == f.bits else _widened(f, width)
+        for f, width in zip(menu.formats, widths, strict=True)
+    ]
+
+
+def _widened(fmt: Format, bits: int) -> Format:
+    wide = Format(bits)
+    return wide if wide.is_full else Format(bits, fmt.group_size)
+
+
+def _per_layer(spec: ModelSpec, formats: tuple[Format, ...] | list[Format], menu: Menu) -> Floats:
+    """Return the bytes of one expert's projections in each format, shape (L, 2, B)."""
+    menus = [Menu((f,), menu.quantizer, menu.symmetric) for f in formats]
+    bits = [
+        [[m.stored_bits(shape)[0] for m in menus] for shape in (l.gate_up_shape, l.down_shape)]
+        for l in spec.moe_layers
+    ]
+    return np.array(bits, dtype=np.float64) / BITS_PER_BYTE
+
+
+@dataclass(frozen=True)
+class _Resident:
+    """The part of a step that no bit map changes, at the checkpoint's own precision."""
+
+    device: Device
+    stack: Stack
+    spec: ModelSpec
+    workload: Workload
+
+    def _weights(self) -> Floats:
+        """Weights per layer: attention, with router and shared experts or a dense block."""
+        spec = self.spec
+        dense = 3 * spec.hidden_size * spec.dense_intermediate_size
+        sparse = [layer.resident_parameters for layer in spec.moe_layers]
+        blocks = sparse + [dense] * (spec.num_layers - len(sparse))
+        return np.array(blocks, dtype=np.float64) + spec.attention_parameters_per_layer
+
+    def layer_bytes(self) -> Floats:
+        """Bytes moved per layer: weights, KV cache, activations of the routed experts."""
+        cache = self.workload.batch * self.workload.context * self.spec.cache_values_per_token
+        moved = self._weights() * self.spec.dtype_bytes + cache * CACHE_BYTES
+        activations = [self._activation_bytes(layer) for layer in self.spec.moe_layers]
+        moved[: len(activations)] += activations
+        return moved
+
+    def _activation_bytes(self, layer: MoELayer) -> int:
+        widths = 2 * layer.hidden_size + 3 * layer.intermediate_size
+        return self.workload.tokens * layer.top_k * widths * ACTIVATION_BYTES
+
+    def layer_flops(self) -> Floats:
+        """Operations per layer: weights, and attention over the context (half of it in prefill)."""
+        spec, work = self.spec, self.workload
+        pairs = work.tokens * (work.context if work.phase == "decode" else work.context / 2)
+        scores = 2 * FLOPS_PER_WEIGHT * pairs * spec.num_attention_heads * spec.head_dim
+        return FLOPS_PER_WEIGHT * work.tokens * self._weights() + scores
+
+    @property
+    def head_bytes(self) -> int:
+        return self.spec.embedding_parameters * self.spec.dtype_bytes
+
+    @property
+    def head_flops(self) -> int:
+        """Operations of the head: the last token of each sequence."""
+        return FLOPS_PER_WEIGHT * self.workload.batch * self.spec.embedding_parameters
+
+    def _time(self, moved: Floats, flops: Floats) -> float:
+        stack = self.stack
+        bandwidth = self.device.bandwidth_bytes_per_s * stack.dense_memory_efficiency
+        peak = self.device.peak_flops_per_s(stack.kernel(16).math)
+        speed = peak * stack.dense_compute_efficiency
+        return float(power_mean(moved / bandwidth, flops / speed).sum())
+
+    def attention_s(self) -> float:
+        return self._time(self.layer_bytes(), self.layer_flops())
+
+    def head_s(self) -> float:
+        return self._time(np.array([self.head_bytes]), np.array([self.head_flops]))
+
+    def memory_bytes(self) -> float:
+        spec, work = self.spec, self.workload
+        cache = work.batch * work.context * spec.cache_values_per_token * spec.num_layers
+        activations = max(self._activation_bytes(layer) for layer in spec.moe_layers)
+        return float(spec.other_parameters * spec.dtype_bytes + cache * CACHE_BYTES + activations)

@@ -1,0 +1,267 @@
+"""The environments: their contracts, and what each promises beyond them."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from factories import make_problem
+
+import dmpq.envs
+from dmpq.envs import (
+    ExpertBitsAdjustEnv,
+    ExpertBitsEnv,
+    ExpertBitsImportanceEnv,
+    ExpertBitsJointEnv,
+)
+from dmpq.errors import InputError
+from dmpq.testing.env import EnvContract
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem()
+
+
+class _Contract(EnvContract):
+    @pytest.fixture
+    def env_kwargs(self, problem):
+        return {"problem": problem}
+
+
+class TestExpertBits(_Contract):
+    @pytest.fixture
+    def env_id(self):
+        return "dmpq/ExpertBits-v0"
+
+
+class TestExpertBitsTerminal(TestExpertBits):
+    @pytest.fixture
+    def env_kwargs(self, problem):
+        return {"problem": problem, "reward": "terminal"}
+
+
+class TestImportance(_Contract):
+    @pytest.fixture
+    def env_id(self):
+        return "dmpq/ExpertBitsImportance-v0"
+
+
+class TestAdjust(_Contract):
+    @pytest.fixture
+    def env_id(self):
+        return "dmpq/ExpertBitsAdjust-v0"
+
+
+class TestAdjustGroups(TestAdjust):
+    @pytest.fixture
+    def env_kwargs(self, problem):
+        return {"problem": problem, "groups": 3}
+
+
+class TestJoint(_Contract):
+    @pytest.fixture
+    def env_id(self):
+        return "dmpq/ExpertBitsJoint-v0"
+
+
+def play(env, actions):
+    """Return the rewards and the last info."""
+    env.reset(seed=0)
+    rewards = []
+    for action in actions:
+        _, reward, done, _, info = env.step(action)
+        rewards.append(reward)
+        if done:
+            break
+    return rewards, info
+
+
+def test_registering_again_changes_nothing():
+    before = dict(gym.registry)
+    dmpq.envs.register()
+    assert gym.registry == before
+
+
+def test_dense_and_terminal_give_the_same_return_and_it_is_the_evaluators(problem):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        actions = rng.integers(len(problem.menu), size=problem.num_decisions)
+        dense, info = play(ExpertBitsEnv(problem=problem), actions)
+        terminal, same = play(ExpertBitsEnv(problem=problem, reward="terminal"), actions)
+        assert terminal[:-1] == [0.0] * (len(dense) - 1)
+        assert all(reward < 0 for reward in dense[:-1])
+        expected = problem.evaluate(info["assignment"][None]).reward[0]
+        assert sum(dense) == pytest.approx(expected, abs=1e-12)
+        assert sum(terminal) == pytest.approx(expected, abs=1e-12)
+        assert (info["assignment"] == same["assignment"]).all()
+
+
+def test_mask_is_exact():
+    """A prefix is allowed exactly if some completion is within the budget."""
+    problem = make_problem(layers=1, experts=4, avg_bits=3.0)
+    env = ExpertBitsEnv(problem=problem)
+    formats = range(len(problem.menu))
+    every = np.array(list(itertools.product(formats, repeat=problem.num_decisions)))
+    feasible = every[problem.feasible(every)]
+    env.reset()
+    start = env.state()
+    for prefix in itertools.chain.from_iterable(
+        itertools.product(formats, repeat=n) for n in range(problem.num_decisions)
+    ):
+        reachable = feasible[(feasible[:, : len(prefix)] == prefix).all(1)]
+        if not len(reachable):
+            continue
+        env.set_state(start)
+        for action in prefix:
+            env.step(action)
+        allowed = set(np.flatnonzero(env.action_masks()))
+        assert allowed == set(np.unique(reachable[:, len(prefix)]))
+
+
+def test_a_masked_action_becomes_the_nearest_allowed_format_below(problem):
+    env = ExpertBitsEnv(problem=problem)
+    widest = len(problem.menu) - 1
+    env.reset()
+    done = False
+    while not done:
+        allowed = np.flatnonzero(env.action_masks())
+        at = env.state().position
+        _, _, done, _, info = env.step(widest)
+        assert env.state().assignment[at] == allowed.max() or done
+        assert info["invalid_action"] == (allowed.max() != widest)
+    assert info["effective_bits"] <= problem.constraints.avg_bits
+
+
+def test_flat_observation_does_not_grow_with_the_model():
+    small, large = (make_problem(layers=n, experts=4) for n in (1, 5))
+    shapes = {ExpertBitsEnv(problem=p).observation_space.shape for p in (small, large)}
+    assert len(shapes) == 1
+
+
+def test_stepping_past_the_end_is_refused(problem):
+    env = ExpertBitsEnv(problem=problem)
+    play(env, [0] * problem.num_decisions)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+
+
+def test_zero_action_is_the_knapsack(problem):
+    env = ExpertBitsImportanceEnv(problem=problem)
+    env.reset()
+    *_, info = env.step(np.zeros(problem.num_decisions, np.float32))
+    assert (info["assignment"] == problem.mckp()).all()
+    assert info["is_success"]
+
+
+def test_joint_takes_what_fits_and_moves_the_rest_as_little_as_possible():
+    problem = make_problem(layers=1, experts=4, avg_bits=3.0)
+    env = ExpertBitsJointEnv(problem=problem)
+    every = np.array(list(itertools.product(range(len(problem.menu)), repeat=4)))
+    feasible = every[problem.feasible(every)]
+
+    def moved(wanted, maps):
+        at = np.arange(4)
+        return np.abs(problem.sizes[at, maps] - problem.sizes[at, wanted]).sum(-1)
+
+    for wanted in every[::7]:
+        env.reset()
+        *_, info = env.step(wanted)
+        assert moved(wanted, info["assignment"]) == moved(wanted, feasible).min()
+        assert info["moved"] == (info["assignment"] != wanted).sum()
+
+
+def test_adjust_return_is_what_the_final_map_gains(problem):
+    env = ExpertBitsAdjustEnv(problem=problem)
+    start = np.zeros(problem.num_decisions, int)
+    _, first = env.reset(seed=0, options={"assignment": start})
+    rng = np.random.default_rng(0)
+    total, over = 0.0, False
+    while not over:
+        choices = np.flatnonzero(env.action_masks())
+        _, reward, _, over, info = env.step(rng.choice(choices))
+        assert not info["invalid_action"]
+        total += reward
+    assert total == pytest.approx(info["objective"] - first["objective"], abs=1e-12)
+
+
+def test_adjust_leaves_the_map_on_an_invalid_action(problem):
+    env = ExpertBitsAdjustEnv(problem=problem)
+    env.reset(options={"assignment": np.zeros(problem.num_decisions, int)})
+    before = env.state().assignment
+    _, reward, *_, info = env.step(0)
+    assert info["invalid_action"]
+    assert reward == 0
+    assert env.state().assignment == before
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: ExpertBitsEnv(problem=p, reward="denze"), "did you mean 'dense'"),
+        (lambda p: ExpertBitsEnv(problem=p, observation="flta"), "did you mean 'flat'"),
+        (lambda p: ExpertBitsEnv(problem=p, render_mode="ansii"), "did you mean 'ansi'"),
+        (lambda p: ExpertBitsEnv(problem=p, hw="a100"), "hw would be ignored"),
+        (lambda p: ExpertBitsAdjustEnv(problem=p, groups=0), "groups is 0"),
+        (lambda p: ExpertBitsImportanceEnv(problem=p, log_scale=0.0), "log_scale is 0"),
+        (lambda p: ExpertBitsImportanceEnv(problem=p).step(np.full(3, np.nan)), "finite numbers"),
+        (lambda p: ExpertBitsJointEnv(problem=p).step([99]), "menu indices"),
+        (lambda p: ExpertBitsAdjustEnv(problem=p).reset(options={"assignment": [1]}), "indices"),
+        (
+            lambda p: ExpertBitsAdjustEnv(problem=p).reset(
+                options={"assignment": [len(p.menu) - 1] * p.num_decisions}
+            ),
+            "exceeds a limit",
+        ),
+        (
+            lambda p: ExpertBitsEnv(problem=p).set_state(dmpq.envs.EnvState(0, (0,))),
+            "another environment",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(problem, make, words):
+    with pytest.raises(InputError, match=words):
+        make(problem)
+
+
+def test_pictures(problem):
+    env = ExpertBitsEnv(problem=problem, render_mode="ansi")
+    env.reset()
+    env.step(0)
+    lines = env.render().splitlines()
+    assert lines[0].startswith("1 of")
+    assert lines[1].split()[:4] == ["layer", "0", "|", problem.menu.keys[0]]
+    assert set(lines[2].split()[3:]) == {"."}
+    image = ExpertBitsEnv(problem=problem, render_mode="rgb_array").render()
+    assert (image == 255).any()
+
+
+def test_dict_observation_names_the_state(problem):
+    env = ExpertBitsEnv(problem=problem, observation="dict")
+    observation, _ = env.reset()
+    assert (observation["bits"] == 0).all()
+    assert observation["budget_left"] == 1
+    after, *_ = env.step(0)
+    assert after["bits"][0] == np.float32(problem.menu.bits[0] / 16)
+    assert after["budget_left"] < 1
+    assert after["loss"] > 0
+
+
+def test_a_step_costs_the_same_whatever_the_model():
+    """Ratio of the medians at 16 and 1024 experts; generous, for a busy machine."""
+
+    def median(experts):
+        env = ExpertBitsEnv(problem=make_problem(layers=experts // 16, experts=16))
+        env.reset()
+        times = []
+        for _ in range(15):
+            start = time.perf_counter()
+            env.step(1)
+            times.append(time.perf_counter() - start)
+        return np.median(times)
+
+    median(16)
+    assert median(1024) < 4 * median(16)

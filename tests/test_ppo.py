@@ -1,0 +1,146 @@
+"""The reinforcement learners: better than their start, within the budget, the same every time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from factories import make_problem
+
+from dmpq.agents.maskable_ppo import MaskablePPOAgent
+from dmpq.agents.ppo import PPOAgent
+from dmpq.errors import InputError
+from dmpq.evaluation import Evaluations
+
+AGENTS = {
+    "ppo": PPOAgent(),
+    "maskable-ppo": MaskablePPOAgent(episodes=16, episodes_per_update=8),
+}
+
+
+class Interacting:
+    """A loss with what the surrogate lacks: neighbours damage each other when both are narrow."""
+
+    name = "interacting"
+    tokens_spent = 0.0
+
+    def __init__(self, profile):
+        self.profile = profile
+        self.calls = []
+
+    def evaluate(self, assignments, *, fidelity=1.0):
+        del fidelity
+        maps = np.atleast_2d(assignments)
+        self.calls.extend(map(tuple, maps.tolist()))
+        sensitivity = self.profile.sensitivity
+        single = sensitivity[np.arange(len(sensitivity)), maps]
+        kl = single.sum(1) + 6 * np.sqrt(single[:, :-1] * single[:, 1:]).sum(1)
+        return Evaluations(kl, self.profile.full_nll + kl, np.zeros(len(maps)), 0.0)
+
+
+def interacting_problem(**kwargs):
+    plain = make_problem(**kwargs)
+    return make_problem(evaluator=Interacting(plain.profile), **kwargs)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_stays_within_the_budget_of_distinct_maps(name):
+    problem = interacting_problem()
+    seen = []
+    result = AGENTS[name].search(problem, evaluations=25, seed=0, on_candidate=seen.append)
+    assert len(set(problem.evaluator.calls)) <= 25
+    assert len(seen) == result.evaluations == len(result.history) <= 25
+    assert [candidate.evaluation for candidate in seen] == list(range(1, len(seen) + 1))
+    assert problem.feasible(result.assignment[None]).all()
+    assert result.scores.reward[0] == max(candidate.reward for candidate in seen)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_same_seed_same_search(name):
+    first, again, other = (
+        AGENTS[name].search(interacting_problem(), evaluations=25, seed=seed) for seed in (3, 3, 4)
+    )
+    maps = [[c.assignment.tolist() for c in r.history] for r in (first, again, other)]
+    assert maps[0] == maps[1]
+    assert maps[0] != maps[2]
+
+
+def test_same_seed_same_search_in_another_process():
+    code = (
+        "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, 'tests');"
+        "from test_ppo import fingerprint; print(fingerprint())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert found.strip() == fingerprint()
+
+
+def fingerprint():
+    """Return every map of a short search, and the policy's weights, as text."""
+    result = PPOAgent().search(interacting_problem(), evaluations=40, seed=1)
+    maps = [candidate.assignment.tolist() for candidate in result.history]
+    weights = {name: value.tobytes().hex() for name, value in result.policy.weights.items()}
+    return str((maps, weights))
+
+
+def test_leaves_the_callers_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.get_rng_state()
+    PPOAgent().search(make_problem(), evaluations=3, seed=9)
+    assert (torch.get_rng_state() == expected).all()
+
+
+def test_ppo_starts_at_the_knapsack_and_improves_on_it():
+    problem = interacting_problem()
+    result = PPOAgent().search(problem, evaluations=200, seed=0)
+    first = result.history[0]
+    assert (first.assignment == problem.mckp()).all()
+    assert result.scores.reward[0] > first.reward
+
+
+def test_learning_beats_random_perturbations():
+    """Mean over seeds of the reward, against the same search without learning."""
+
+    def mean(rate):
+        found = [
+            PPOAgent(learning_rate=rate)
+            .search(interacting_problem(), evaluations=150, seed=seed)
+            .scores.reward[0]
+            for seed in range(3)
+        ]
+        return np.mean(found)
+
+    assert mean(3e-3) > mean(0.0)
+
+
+def test_one_evaluation_is_enough():
+    result = PPOAgent().search(make_problem(), evaluations=1, seed=0)
+    assert result.evaluations == 1
+    assert result.policy is not None
+
+
+def test_a_problem_with_few_maps_ends():
+    """Duplicates are free, but not without end."""
+    problem = make_problem(layers=1, experts=2)
+    result = PPOAgent().search(problem, evaluations=50, seed=0)
+    assert result.evaluations < 50
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PPOAgent(samples=3),
+        lambda: PPOAgent(std=0.0),
+        lambda: PPOAgent(learning_rate=float("nan")),
+        lambda: PPOAgent(embedding=-1),
+        lambda: MaskablePPOAgent(episodes=0),
+        lambda: MaskablePPOAgent(learning_rate=0.0),
+    ],
+)
+def test_bad_options_are_refused(make):
+    with pytest.raises(InputError):
+        make()

@@ -108,7 +108,8 @@ class MaskablePPOAgent:
                 device="cpu",
             )
             model.learn(self.episodes * env.horizon, callback=Collect())
-            for attempt in range(samples + 1):
+            fresh = max(self.episodes_per_update, samples - len(found))
+            for attempt in range(1 + fresh):
                 assignment, objective = _rollout(env, model, deterministic=attempt == 0)
                 found[tuple(assignment.tolist())] = objective
         # Ties in the order of discovery: sorting is stable.
@@ -124,5 +125,5 @@ def _rollout(
         action, _ = model.predict(
             observation, deterministic=deterministic, action_masks=env.action_masks()
         )
-        observation, _, _, _, info = env.step(action)
-    return info["assignment"], float(info["objective"])
+        observation, _, _, _, info = env.step(np.int64(action))
+    return info["assignment"], info["objective"]

@@ -67,7 +67,7 @@ class ImportanceNetwork(nn.Module):
             context: (n, C).
         """
         count, decisions, _ = rows.shape
-        embedding = self.embedding
+        embedding: th.Tensor = self.embedding
         if decisions != len(embedding):
             embedding = embedding.new_zeros(decisions, embedding.shape[1])
         pooled = th.cat([rows.mean(1), context], dim=1)
@@ -108,8 +108,9 @@ class _ActorCritic(nn.Module):
 
     def _split(self, observation: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         shape = self.network.shape
-        rows, context = observation.split([shape.decisions * shape.features, shape.context], dim=1)
-        return rows.unflatten(1, (shape.decisions, shape.features)), context
+        size = shape.decisions * shape.features
+        rows = observation[:, :size].reshape(-1, shape.decisions, shape.features)
+        return rows, observation[:, size:]
 
     def forward(self, observation: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """Return the mean action (n, D) and the value (n, 1)."""
@@ -162,11 +163,13 @@ class ImportancePolicy(ActorCriticPolicy):
         self.action_dist = AntitheticGaussian(self._shape.decisions)
         self.mlp_extractor = _ActorCritic(self._shape, self._log_scale)
         self.action_net = nn.Identity()
-        self.value_net = nn.Identity()
+        self.value_net = nn.Identity()  # type: ignore[assignment]
         self.log_std = nn.Parameter(th.zeros(1), requires_grad=False)
         self.set_std(self._std)
         self.optimizer = self.optimizer_class(
-            self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs
+            self.parameters(),
+            lr=lr_schedule(1),  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
         )
 
     def set_std(self, std: float) -> None:

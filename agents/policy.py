@@ -77,9 +77,10 @@ class Policy:
         rows = th.from_numpy(np.array(problem.features, dtype=np.float32))
         context = th.from_numpy(np.array(problem.context, dtype=np.float32))
         with th.inference_mode():
-            proposal = self._network()(rows[None], context[None])[0].double().numpy()
+            proposal = self._network()(rows[None], context[None])[0].numpy()
         limit = self.config.log_scale
-        return np.clip(proposal, -limit, limit)
+        clipped: NDArray[np.float64] = np.clip(proposal.astype(np.float64), -limit, limit)
+        return clipped
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map that the policy proposes, (D,), within every limit of the problem."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 import numpy as np
 
@@ -141,8 +141,7 @@ class PPOAgent:
                     "std": self.std,
                 },
             )
-            policy = model.policy
-            assert isinstance(policy, ImportancePolicy)
+            policy = cast(ImportancePolicy, model.policy)
             if recorder.remaining:
                 model.learn(_SAMPLES_PER_EVALUATION * recorder.remaining, callback=Schedule())
         return policy

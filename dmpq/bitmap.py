@@ -104,13 +104,11 @@ class BitMap:
                 f"({spec.num_experts} in {len(spec.moe_layers)} layers); search a map for it."
             )
         position = {key: i for i, key in enumerate(self.menu.keys)}
-        halves = [
-            [
-                [position[key] for path in _paths(spec) for key in self._keys(path, projection)]
-                for projection in PROJECTIONS
-            ]
+        columns = [
+            [position[key] for path in _paths(spec) for key in self._keys(path, projection)]
+            for projection in PROJECTIONS
         ]
-        pairs = np.array(halves[0], dtype=np.int64).T
+        pairs = np.array(columns, dtype=np.int64).T
         split = any(isinstance(keys, Mapping) for keys in self.assignment.values())
         return pairs.ravel() if split else pairs[:, 0].copy()
 

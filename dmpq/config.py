@@ -84,25 +84,6 @@ class SearchConfig:
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
-_NOT_RESULTS}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
-
-
-_ANSWERS: Final = (
-    "model",
-    "revision",
-    "dataset",
-    "bits",
-    "quantizer",
-    "symmetric",
-    "seed",
-    "profile_tokens",
-    "search_tokens",
-    "selection_tokens",
-    "heldout_tokens",
-    "sequence_length",
-    "device",
-)
 _NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb")
 
 

@@ -133,7 +133,7 @@ class Mckp:
         best_so_far = np.minimum.accumulate(values, axis=1)
         kept = np.ones(values.shape, bool)
         kept[:, 1:] = values[:, 1:] < best_so_far[:, :-1]
-        lowest = values.argmin(1)
+        lowest: Ints = values.argmin(1)
         if sizes[rows, lowest].sum() <= self.capacity:
             return lowest
         price = self._price(values, kept)
@@ -194,7 +194,7 @@ def _solve_core(values: Floats, core: NDArray[np.bool_], sizes: Ints, capacity: 
     width = min(spare, int(extra.max(1).sum())) // unit + 1
     if width * len(open_rows) > _MAX_TABLE:
         return _solve_mip(values, core, sizes[None], np.array([capacity]))
-    choice = smallest
+    choice: Ints = smallest
     table = np.empty((len(open_rows), width), np.int8)
     best = np.zeros(1)
     for step, row in zip(table, open_rows, strict=True):
@@ -225,7 +225,8 @@ def _add_decision(best: Floats, values: Floats, units: Ints, chosen: NDArray[np.
             np.add(best[:reach], value, out=total[unit : unit + reach])
     choice = totals.argmin(0)
     chosen[:width] = choice
-    return totals[choice, np.arange(width)]
+    least: Floats = totals[choice, np.arange(width)]
+    return least
 
 
 def _solve_mip(values: Floats, allowed: NDArray[np.bool_], sizes: Ints, capacities: Ints) -> Ints:
@@ -256,4 +257,5 @@ def _solve_mip(values: Floats, allowed: NDArray[np.bool_], sizes: Ints, capaciti
             "No choice of formats meets all limits together; raise one of them or offer smaller "
             "formats."
         )
-    return result.x.reshape(values.shape).argmax(1)
+    chosen: Ints = result.x.reshape(values.shape).argmax(1)
+    return chosen

@@ -68,6 +68,10 @@ class Weights:
             raise InputError(f"The weights are empty; write them as in {_EXAMPLE}.")
         return cls(**weights)
 
+    def as_array(self) -> Floats:
+        """Return the weights in the order of the reward's terms, (4,)."""
+        return np.array([self.acc, self.lat, self.mem, self.eng])
+
 
 @dataclass(frozen=True)
 class Constraints:

@@ -2,21 +2,577 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
-from typing import Any, Final, Literal, cast, get_args
+from typing import Final, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmpq import features
 from dmpq.errors import InputError, unknown
-from dmpq.evaluation import Evaluations, Evaluator, SurrogateEvaluator
+from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
 from dmpq.knapsack import Mckp, solve_mckp_multi
 from dmpq.objective import Baselines, Constraints, Weights, reward_terms, shown
 from dmpq.profile import Profile
 from dmpq.spec import ModelSpec
+
+Serve = Literal["expert", "projection", "layer"]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Assignments = NDArray[np.integer]
+
+_BITS_PER_BYTE: Final = 8
+_BASELINE_WIDTH: Final = 8
+_ROUNDING: Final = 1e-12
+"""Share by which a cost may exceed its limit: the rounding of sums."""
+
+_PRICE_STEP: Final = 8.0
+_PRICE_STEPS: Final = 12
+_BISECTIONS: Final = 10
+_SPENT_AT_ONCE: Final = 64
+"""Single changes that are priced in one call, and how many are made, when a budget is left."""
+
+_MAX_SUBSETS: Final = 7
+"""Menus up to this size are searched for the cheapest map over all subsets, others over pairs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What K maps are worth.
+
+    Attributes:
+        reward: (K,), sum of the terms; ``-inf`` where the loss is not finite.
+        terms: Name → (K,), as :func:`dmpq.objective.reward_terms` returns them.
+        kl: (K,), nats per token.
+        nll: (K,), nats per token.
+        router_shift: (K,), share of token-expert selections changed; NaN where no model ran.
+        effective_bits: (K,), stored bits per expert weight.
+        cost: Latency, memory and energy.
+        feasible: (K,), whether every limit is met.
+        tokens: What the answer cost, in forwarded tokens; 0 where all was known.
+    """
+
+    reward: Floats
+    terms: dict[str, Floats]
+    kl: Floats
+    nll: Floats
+    router_shift: Floats
+    effective_bits: Floats
+    cost: Cost
+    feasible: NDArray[np.bool_]
+    tokens: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """A search problem: N experts, D decisions, B formats.
+
+    A decision is an expert, a projection (column 2n is expert n's gate+up, 2n+1 its down) or a
+    layer. Bits are counted on the model itself, costs at ``cost_spec``.
+
+    Experts that calibration never hit have sensitivities of exactly 0. They get the narrowest
+    format, unless budget is left that nothing else can use and the reward does not fall: then they
+    are widened in turn.
+
+    Attributes:
+        profile: The experts' statistics; its menu is the problem's.
+        hardware: Prices maps.
+        cost_spec: Geometry at which costs are computed; same layers and experts as the model.
+        workload: What a step is.
+        weights: Of the reward's terms.
+        constraints: Upper limits that no proposal exceeds.
+        serve: What shares one format.
+        evaluator: Measures maps; by default the profile's additive surrogate.
+        selector: Measures finalists on fresh text, for the final choice.
+
+    Raises:
+        InputError: If no map meets the limits, or the geometries do not match.
+    """
+
+    profile: Profile
+    hardware: HardwareModel
+    cost_spec: ModelSpec
+    workload: Workload = field(default_factory=Workload)
+    weights: Weights = field(default_factory=Weights)
+    constraints: Constraints = field(default_factory=lambda: Constraints(avg_bits=3.0))
+    serve: Serve = "expert"
+    evaluator: Evaluator = None  # type: ignore[assignment]  # set in __post_init__
+    selector: Evaluator | None = None
+
+    def __post_init__(self) -> None:
+        if cast(Evaluator | None, self.evaluator) is None:
+            object.__setattr__(self, "evaluator", SurrogateEvaluator(self.profile))
+        if self.serve not in get_args(Serve):
+            raise unknown("serving granularity", self.serve, get_args(Serve))
+        if not np.array_equal(self.cost_spec.layer_of_expert, self.spec.layer_of_expert):
+            raise InputError(
+                f"Costs are to be computed for {self.cost_spec.name}, which has other layers or "
+                f"experts than {self.spec.name}; use its widths only (with_widths_of)."
+            )
+        self._check_limits()
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Geometry of the model."""
+        return self.profile.spec
+
+    @property
+    def menu(self) -> Menu:
+        """Formats on offer."""
+        return self.profile.menu
+
+    @property
+    def num_decisions(self) -> int:
+        """D."""
+        return len(self.sizes)
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of all routed experts."""
+        return self.spec.expert_parameters
+
+    @cached_property
+    def _decision_of(self) -> Ints:
+        """The decision of each projection, (N, 2)."""
+        experts = np.arange(self.spec.num_experts)
+        if self.serve == "projection":
+            return experts[:, None] * 2 + np.arange(2)
+        owner = self.spec.layer_of_expert if self.serve == "layer" else experts
+        return np.stack([owner, owner], axis=1)
+
+    def _pooled(self, values: NDArray[np.number]) -> Floats:
+        """Sum values of projections, (N, 2, ...), by decision, (D, ...)."""
+        pooled = np.zeros((int(self._decision_of.max()) + 1, *values.shape[2:]))
+        np.add.at(pooled, self._decision_of, values)
+        return pooled
+
+    def per_decision(self, values: Floats) -> Floats:
+        """Return the mean of experts' values, (N, ...), over each decision, (D, ...)."""
+        both = np.stack([values, values], axis=1)
+        mean: Floats = self._pooled(both) / self._pooled(np.ones_like(both))
+        return mean
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """Stored bits of each decision in each format, on the model itself, (D, B)."""
+        return self._pooled(self.spec.stored_bits(self.menu)).astype(np.int64)
+
+    @cached_property
+    def decision_weights(self) -> Ints:
+        """Number of weights that each decision covers, (D,)."""
+        shapes = np.array(
+            [
+                (math.prod(layer.gate_up_shape), math.prod(layer.down_shape))
+                for layer in self.spec.moe_layers
+            ]
+        )
+        return self._pooled(shapes[self.spec.layer_of_expert]).astype(np.int64)
+
+    @cached_property
+    def sensitivity(self) -> Floats:
+        """KL when only this decision is in a format, nats per token, (D, B).
+
+        Summed over a layer's experts. Where the profile has none per projection, an expert's is
+        shared equally between its two, as the additive surrogate does.
+        """
+        own = self.profile.projection_sensitivity
+        if self.serve != "projection" or own is None:
+            half = self.profile.sensitivity / 2
+            own = np.stack([half, half], axis=1)
+        return self._pooled(own)
+
+    @cached_property
+    def _unhit(self) -> Ints:
+        """Decisions of which calibration hit no expert."""
+        return np.flatnonzero(self.per_decision(self.profile.hits.astype(np.float64)) == 0)
+
+    def expand(self, assignments: Assignments) -> Assignments:
+        """Return maps of decisions, (K, D), as maps of experts (K, N) or projections (K, 2N)."""
+        if self.serve == "layer":
+            return assignments[:, self.spec.layer_of_expert]
+        return assignments
+
+    def uniform(self, key: str) -> Ints:
+        """Return the map with one format everywhere, (D,)."""
+        return np.full(self.num_decisions, self.menu.index(key))
+
+    def effective_bits(self, assignments: Assignments) -> Floats:
+        """Return stored bits per expert weight of maps (K, D), scales included, (K,)."""
+        bits: Floats = self._stored(self.sizes[None], assignments)[0] / self.num_weights
+        return bits
+
+    @staticmethod
+    def _stored(sizes: Ints, assignments: Assignments) -> Ints:
+        """Return what maps (K, D) take of each limit, sizes (C, D, B): (C, K)."""
+        taken: Ints = sizes[:, np.arange(sizes.shape[1]), assignments].sum(2)
+        return taken
+
+    def costs(self, assignments: Assignments) -> Cost:
+        """Return the costs of maps (K, D), by the full cost model."""
+        return self.hardware.cost(
+            self.cost_spec,
+            self.menu,
+            self.expand(assignments),
+            self.workload,
+            inclusion=self.profile.frequency,
+        )
+
+    @cached_property
+    def baselines(self) -> Baselines:
+        """What the reward's terms are relative to.
+
+        A damage that is not positive (a menu of full precision alone) counts as 1 nat per token.
+        """
+        widths = self.menu.bits
+        quantized = np.flatnonzero(widths <= _BASELINE_WIDTH)
+        index = int(quantized[-1]) if quantized.size else 0
+        index = int(np.flatnonzero(widths == widths[index])[0])
+        cost = self.costs(np.full((1, self.num_decisions), index))
+        damage = float(self.profile.uniform_kl[0])
+        return Baselines(
+            damage=damage if damage > 0 else 1.0,
+            latency_s=float(cost.latency_s[0]),
+            memory_bytes=float(cost.memory_bytes[0]),
+            energy_j=float(cost.energy_j[0]),
+        )
+
+    @cached_property
+    def _uniform_costs(self) -> Cost:
+        """Costs of the uniform maps, each (B,)."""
+        formats = np.arange(len(self.menu))
+        return self.costs(np.repeat(formats[:, None], self.num_decisions, axis=1))
+
+    @cached_property
+    def _linear_latency(self) -> Floats:
+        """Time of each decision in each format, seconds, (D, B)."""
+        return self._pooled(
+            self.hardware.expert_latency(
+                self.cost_spec, self.menu, self.workload, inclusion=self.profile.frequency
+            )
+        )
+
+    @cached_property
+    def _linear_energy(self) -> Floats:
+        """Energy of each decision in each format, joules, (D, B).
+
+        Its time at the mean power of the uniform map in that format.
+        """
+        uniform = self._uniform_costs
+        return self._linear_latency * (uniform.energy_j / uniform.latency_s)
+
+    @cached_property
+    def _cost_sizes(self) -> Ints:
+        """Stored bits of each decision in each format at the cost geometry, (D, B)."""
+        return self._pooled(self.cost_spec.stored_bits(self.menu)).astype(np.int64)
+
+    @cached_property
+    def linear_ratios(self) -> Floats:
+        """Each decision's share of damage, latency, memory and energy, (D, B, 4).
+
+        Relative to the baselines, in the order of the reward's terms; the parts that no decision
+        changes are left out.
+        """
+        base = self.baselines
+        return np.stack(
+            [
+                self.sensitivity / base.damage,
+                self._linear_latency / base.latency_s,
+                self._cost_sizes / _BITS_PER_BYTE / base.memory_bytes,
+                self._linear_energy / base.energy_j,
+            ],
+            axis=2,
+        )
+
+    @cached_property
+    def linear_limits(self) -> tuple[Ints, Ints]:
+        """The exact budgets: what each format takes, (C, D, B), and the limits, (C,), in bits.
+
+        Effective bits on the model itself, then memory at the cost geometry; each where set.
+        """
+        sizes, limits = [], []
+        if self.constraints.avg_bits is not None:
+            sizes.append(self.sizes)
+            limits.append(math.floor(self.constraints.avg_bits * self.num_weights))
+        if self.constraints.memory_bytes is not None:
+            fixed = float(self._uniform_costs.memory_bytes[0])
+            fixed -= float(self._cost_sizes[:, 0].sum()) / _BITS_PER_BYTE
+            left = (self.constraints.memory_bytes - fixed) * _BITS_PER_BYTE
+            sizes.append(self._cost_sizes)
+            limits.append(math.floor(left + _ROUNDING * abs(left)))
+        shape = (len(sizes), *self.sizes.shape)
+        return np.array(sizes, np.int64).reshape(shape), np.array(limits, np.int64)
+
+    def feasible(self, assignments: Assignments) -> NDArray[np.bool_]:
+        """Return whether maps (K, D) meet every limit, (K,)."""
+        return self._within(assignments, self.costs(assignments))
+
+    def _within(self, assignments: Assignments, cost: Cost) -> NDArray[np.bool_]:
+        within = np.ones(len(assignments), np.bool_)
+        for name, limit in self.constraints.given().items():
+            if name == "avg_bits":
+                stored = self._stored(self.sizes[None], assignments)[0]
+                within &= stored <= math.floor(limit * self.num_weights)
+            else:
+                within &= getattr(cost, name) <= limit * (1 + _ROUNDING)
+        return within
+
+    def linear_values(self, log_importance: Floats | None = None) -> Floats:
+        """Return the linearised negative reward of each decision and format, (D, B).
+
+        Args:
+            log_importance: (D,), by whose exponential each decision's damage counts; ``None``
+                for zeros.
+
+        Raises:
+            InputError: If it has another shape or is not finite.
+        """
+        parts = self.linear_ratios * self.weights.as_array()
+        if log_importance is None:
+            summed: Floats = parts.sum(2)
+            return summed
+        if np.shape(log_importance) != (self.num_decisions,):
+            raise InputError(
+                f"A log-importance of shape {np.shape(log_importance)} does not match "
+                f"{self.num_decisions} decisions."
+            )
+        if not np.isfinite(log_importance).all():
+            raise InputError("Log-importances must be finite numbers; some are not.")
+        values: Floats = parts[:, :, 0] * np.exp(log_importance)[:, None] + parts[:, :, 1:].sum(2)
+        return values
+
+    def propose(self, log_importance: Floats) -> Ints:
+        """Return the map that log-importances (D,) stand for, within every limit, (D,)."""
+        return self.project(self.linear_values(log_importance))
+
+    def mckp(self) -> Ints:
+        """Return the exact optimum of the linearised objective, (D,)."""
+        return self.propose(np.zeros(self.num_decisions))
+
+    def project(self, values: Floats) -> Ints:
+        """Return the map of least value within every limit, (D,).
+
+        Exact for limits on bits and memory. Latency and energy do not add up: one multiplier
+        prices their linearised shares, each relative to its limit, and is bisected until the full
+        cost model agrees; what is left of a limit is spent greedily.
+
+        Args:
+            values: (D, B), what each format costs in the objective; smaller is better.
+        """
+        choice = self._solve(values)
+        if self._priced and not self.feasible(choice[None])[0]:
+            choice = self._spend(values, self._priced_choice(values))
+        return self._widen_unhit(values, choice)
+
+    def evaluate(self, assignments: Assignments) -> Scores:
+        """Return the true scores of maps (K, D)."""
+        return self._scores(self.evaluator, assignments)
+
+    def surrogate(self, assignments: Assignments) -> Scores:
+        """Return the scores of maps (K, D) by the profile's additive surrogate; free."""
+        return self._scores(SurrogateEvaluator(self.profile), assignments)
+
+    def _scores(self, evaluator: Evaluator, assignments: Assignments) -> Scores:
+        found = evaluator.evaluate(self.expand(assignments))
+        cost = self.costs(assignments)
+        terms = reward_terms(self.weights, self.baselines, found.kl, cost)
+        finite = np.isfinite(found.kl)
+        return Scores(
+            reward=np.where(finite, sum(terms.values()), -np.inf),
+            terms=terms,
+            kl=found.kl,
+            nll=found.nll,
+            router_shift=found.router_shift,
+            effective_bits=self.effective_bits(assignments),
+            cost=cost,
+            feasible=self._within(assignments, cost),
+            tokens=found.tokens,
+        )
+
+    @property
+    def _priced(self) -> dict[str, Floats]:
+        """Linearised shares of the limits that do not add up, relative to them: name → (D, B)."""
+        linear = {"latency_s": self._linear_latency, "energy_j": self._linear_energy}
+        given = self.constraints.given()
+        return {name: linear[name] / given[name] for name in linear if name in given}
+
+    @cached_property
+    def _knapsack(self) -> Mckp:
+        sizes, limits = self.linear_limits
+        if not len(limits):
+            return Mckp(self.sizes, int(self.sizes.max(1).sum()))
+        return Mckp(sizes[0], int(limits[0]))
+
+    def _solve(self, values: Floats) -> Ints:
+        """Solve within the linear limits."""
+        sizes, limits = self.linear_limits
+        if len(limits) > 1:
+            return solve_mckp_multi(values, sizes, limits)
+        return self._knapsack.solve(values)
+
+    def _priced_choice(self, values: Floats) -> Ints:
+        """Return the best map found within the limits that do not add up."""
+        shares = sum(self._priced.values(), np.zeros(values.shape))
+        found = list(self._cheapest)
+
+        def fits(price: float) -> bool:
+            choice = self._solve(values + price * shares)
+            feasible = bool(self.feasible(choice[None])[0])
+            if feasible:
+                found.append(choice)
+            return feasible
+
+        price = float(np.ptp(values, axis=1).sum() / np.ptp(shares, axis=1).sum())
+        price = price / _PRICE_STEP ** (_PRICE_STEPS // 2) or 1.0
+        for _ in range(_PRICE_STEPS):
+            if fits(price):
+                break
+            price *= _PRICE_STEP
+        low = price / _PRICE_STEP
+        for _ in range(_BISECTIONS):
+            middle = math.sqrt(low * price)
+            low, price = (low, middle) if fits(middle) else (middle, price)
+        maps = np.array(found)
+        best: Ints = maps[
+            np.take_along_axis(values[None], maps[:, :, None], 2).sum((1, 2)).argmin()
+        ]
+        return best
+
+    def _spend(self, values: Floats, choice: Ints) -> Ints:
+        """Make the single changes that lower the value most, as long as every limit is met."""
+        choice, rows = choice.copy(), np.arange(len(choice))
+        for _ in range(_SPENT_AT_ONCE):
+            gain = values - values[rows, choice][:, None]
+            order = np.argsort(gain, axis=None, kind="stable")[:_SPENT_AT_ONCE]
+            order = order[gain.ravel()[order] < 0]
+            maps = np.repeat(choice[None], len(order), axis=0)
+            decisions, formats = np.unravel_index(order, gain.shape)
+            maps[np.arange(len(order)), decisions] = formats
+            possible = np.flatnonzero(self.feasible(maps)) if len(maps) else order
+            if not possible.size:
+                break
+            choice = maps[possible[0]]
+        return choice
+
+    def _widen_unhit(self, values: Floats, choice: Ints) -> Ints:
+        """Widen experts that calibration never hit, in turn, by what nothing else can use."""
+        sizes, limits = self.linear_limits
+        rows, order = np.arange(len(choice)), np.argsort(self.sizes, axis=1, kind="stable")
+        waiting = self._unhit.tolist()
+        choice = choice.copy()
+        spare = limits - sizes[:, rows, choice].sum(1)
+        while waiting:
+            still = []
+            for row in waiting:
+                here = choice[row]
+                wider = order[row][int(np.flatnonzero(order[row] == here)[0]) + 1 :]
+                if not wider.size or values[row, wider[0]] > values[row, here]:
+                    continue
+                taken = sizes[:, row, wider[0]] - sizes[:, row, here]
+                moved = choice.copy()
+                moved[row] = wider[0]
+                if (taken > spare).any() or (self._priced and not self.feasible(moved[None])[0]):
+                    continue
+                choice, spare = moved, spare - taken
+                still.append(row)
+            waiting = still
+        return choice
+
+    @cached_property
+    def _cheapest(self) -> Ints:
+        """Feasible maps among the cheapest of every set of formats, (K, D); K may be 0."""
+        maps = self._cheap_maps
+        return maps[self.feasible(maps)]
+
+    @cached_property
+    def _cheap_maps(self) -> Ints:
+        """The cheapest map of every set of formats, by linearised latency and energy, (K, D)."""
+        sizes, limits = self.linear_limits
+        found = []
+        for columns in _subsets(len(self.menu)):
+            part = sizes[:, :, columns]
+            if (part.min(2).sum(1) > limits).any():
+                continue
+            for shares in self._priced.values():
+                priced = shares[:, columns]
+                try:
+                    choice = (
+                        solve_mckp_multi(priced, part, limits)
+                        if len(limits)
+                        else (priced.argmin(1))
+                    )
+                except InputError:
+                    continue
+                found.append(np.array(columns)[choice])
+        return np.unique(np.array(found), axis=0)
+
+    def _check_limits(self) -> None:
+        """Refuse limits that no map meets, naming the least that can be reached."""
+        given = self.constraints.given()
+        least: dict[str, float] = {}
+        if "avg_bits" in given:
+            least["avg_bits"] = float(self.sizes.min(1).sum() / self.num_weights)
+        if "memory_bytes" in given:
+            narrow = self._cost_sizes.argmin(1)
+            least["memory_bytes"] = float(self.costs(narrow[None]).memory_bytes[0])
+        self._refuse_below(least)
+        if not self._priced:
+            if len(given) > 1:
+                self._solve(np.zeros(self.sizes.shape))
+            return
+        cost = self.costs(self._cheap_maps)
+        self._refuse_below({name: float(getattr(cost, name).min()) for name in self._priced})
+        if not len(self._cheapest):
+            limits = " and ".join(" ".join(shown(name, value)) for name, value in given.items())
+            raise InputError(
+                f"No map was found that meets {limits} together, though each alone can be met; "
+                "raise one of them."
+            )
+
+    def _refuse_below(self, least: dict[str, float]) -> None:
+        for name, value in least.items():
+            limit = self.constraints.given()[name]
+            if limit * (1 + _ROUNDING) >= value:
+                continue
+            flag, given = shown(name, limit)
+            remedy = "raise it, or offer narrower formats with --bits"
+            what = {
+                "avg_bits": f"the effective bits of uniform {self.menu.keys[0]} "
+                "(scales and zero-points included)",
+                "memory_bytes": f"the memory in GB of the smallest map at {self.cost_spec.name}",
+                "latency_s": f"the least time in ms that was found on {self.hardware.name}",
+                "energy_j": f"the least energy in J that was found on {self.hardware.name}",
+            }[name]
+            raise InputError(f"{flag} {given} is below {shown(name, value)[1]}, {what}; {remedy}.")
+
+    @cached_property
+    def _named_features(self) -> dict[str, Floats]:
+        return features.rows(self)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Columns of :attr:`features`."""
+        return tuple(self._named_features)
+
+    @cached_property
+    def features(self) -> NDArray[np.float32]:
+        """What a policy sees of each decision, float32 (D, F) in [-1, 1]."""
+        return np.stack(list(self._named_features.values()), axis=1).astype(np.float32)
+
+    @cached_property
+    def context(self) -> NDArray[np.float32]:
+        """What a policy sees of the problem as a whole, float32 (C,) in [-1, 1]."""
+        return features.context(self)
+
+
+def _subsets(formats: int) -> Iterable[list[int]]:
+    """Yield every set of formats, or up to two at a time of long menus."""
+    largest = formats if formats <= _MAX_SUBSETS else 2
+    for count in range(1, largest + 1):
+        for columns in combinations(range(formats), count):
+            yield list(columns)

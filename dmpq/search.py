@@ -140,7 +140,7 @@ def _searched(
             history.write(json.dumps(line) + "\n")
             if run.best is None or candidate.reward > run.best.reward:
                 run.best = candidate
-                _bitmap(run, session, problem, candidate.assignment, candidate.evaluation, None)
+                _write_bitmap(run, session, problem, candidate.assignment, candidate.evaluation, None)
             show(f"searching, best KL {run.best.kl:.5f}", candidate.evaluation, config.evaluations)
 
         try:
@@ -289,7 +289,7 @@ def _rows(
     return rows
 
 
-def _bitmap(
+def _write_bitmap(
     run: _Run,
     session: Session,
     problem: Problem,
@@ -298,7 +298,66 @@ def _bitmap(
     heldout: Row | None,
 ) -> None:
     """Write ``bitmap.json``; nothing in it depends on when or where it was made."""
-    raise NotImplementedError
+    from dmpq.bitmap import BitMap, assignment_from
+
+    config, moe, cost = session.config, session.moe, problem.costs(assignment[None])
+    measured = {} if heldout is None else _measured(heldout)
+    spent = sum(
+        e.tokens_spent for e in (problem.evaluator, problem.selector) if e is not None
+    )
+    bitmap = BitMap(
+        model={
+            "id": config.model,
+            "revision": config.revision,
+            "architecture": type(moe.model).__name__,
+            "fingerprint": moe.fingerprint,
+        },
+        geometry=moe.spec,
+        menu=problem.menu,
+        assignment=assignment_from(
+            moe.spec, problem.menu, problem.expand(assignment[None])[0]
+        ),
+        objective={"weights": asdict(problem.weights), "signal": "kl"},
+        constraints=asdict(problem.constraints),
+        hardware={
+            "name": problem.hardware.name,
+            "stack": problem.hardware.stack,
+            "calibrated": problem.hardware.calibrated,
+            "source": problem.hardware.source,
+            "cost_geometry": problem.cost_spec.name,
+        },
+        workload=asdict(problem.workload),
+        serve=problem.serve,
+        metrics={
+            "predicted": {
+                "effective_bits": _quantity(problem.effective_bits(assignment[None]), "bits"),
+                "memory": _quantity(cost.memory_bytes, "bytes"),
+                "latency": _quantity(cost.latency_s, "s"),
+                "energy": _quantity(cost.energy_j, "J"),
+            },
+            "measured": measured,
+        },
+        search={
+            "agent": config.agent,
+            "seed": config.seed,
+            "evaluations": evaluations,
+            "tokens": problem.profile.cost_tokens + spent,
+        },
+        versions=_versions(),
+        git_revision=_git_revision(),
+    )
+    bitmap.write(run.path("bitmap.json"))
+
+
+def _quantity(values: NDArray[np.float64], unit: str) -> dict[str, float | str]:
+    return {"value": float(values[0]), "unit": unit}
+
+
+def _measured(row: Row) -> dict[str, dict[str, float | str]]:
+    return {
+        "heldout_kl": {"value": row.heldout_kl, "unit": "nats/token"},
+        "heldout_perplexity": {"value": row.heldout_ppl, "unit": "per token"},
+    }
 
 
 def _finish(
@@ -308,7 +367,7 @@ def _finish(
     from dmpq import report
 
     config, row = run.config, rows[-1]
-    _bitmap(run, session, problem, result.assignment, result.evaluations, row)
+    _write_bitmap(run, session, problem, result.assignment, result.evaluations, row)
     if result.policy is not None:
         result.policy.save(run.path("policy"))
     first = {"mckp": 0} if config.agent == "ppo" else {}

@@ -22,6 +22,7 @@ GEOMETRIES: Final = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
 _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_KS: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
 _EXPERT_WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_MAX_COUNT: Final = 1 << 40
 _DENSE_WIDTHS: Final = ("intermediate_size_mlp", "intermediate_size")
 
 
@@ -413,9 +414,10 @@ def _check_numbers(owner: MoELayer | ModelSpec, *, may_be_zero: Sequence[str]) -
         if hint is not int:
             continue
         value, least = getattr(owner, name), 0 if name in may_be_zero else 1
-        if value < least:
+        if not least <= value <= _MAX_COUNT:
             raise InputError(
-                f"The geometry's {name} is {value}; it must be a whole number, {least} or more."
+                f"The geometry's {name} is {value}; give a whole number from {least} to "
+                f"{_MAX_COUNT}."
             )
 
 

@@ -5,7 +5,7 @@ from typing import Final
 import gymnasium as gym
 
 from dmpq.envs.adjust import ExpertBitsAdjustEnv
-from dmpq.envs.base import EnvState
+from dmpq.envs.base import FAILURE_REWARD, EnvState
 from dmpq.envs.generator import make_problem
 from dmpq.envs.importance import ExpertBitsImportanceEnv
 from dmpq.envs.joint import ExpertBitsJointEnv
@@ -14,6 +14,7 @@ from dmpq.envs.sequential import ExpertBitsEnv
 
 __all__ = [
     "ENVIRONMENTS",
+    "FAILURE_REWARD",
     "EnvState",
     "ExpertBitsAdjustEnv",
     "ExpertBitsEnv",

@@ -48,7 +48,7 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
 
     The change of `R` (:mod:`dmpq.objective`) that the move brings, so that the return is what the
     final map gains over the start. `info["reward_terms"]` holds the change of each term,
-    `info["objective"]` R itself. A map whose loss is not finite counts with 100 nats.
+    `info["objective"]` R itself. R is -100 where the loss is not finite.
 
     ## Starting State
 

@@ -20,6 +20,9 @@ from dmpq.problem import Problem, Scores
 ActType = TypeVar("ActType")
 Step = tuple[Observation, float, bool, bool, dict[str, Any]]
 
+FAILURE_REWARD: Final = -100.0
+"""R of a map whose loss is not finite; the narrowest uniform map's is about -1."""
+
 _TOLERANCE: Final = 1e-9
 """Rewards this close count as equal when a map is compared with the knapsack's."""
 
@@ -96,12 +99,18 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         """Return a finished map's scores, its reward, and what ``info`` says of it."""
         scores = self._score(assignment[None])
         reward = float(scores.reward[0])
+        kl, nll = float(scores.kl[0]), float(scores.nll[0])
+        terms = {name: float(term[0]) for name, term in scores.terms.items()}
+        if not np.isfinite(reward):
+            kl = nll = np.inf
+            reward = FAILURE_REWARD
+            terms = dict.fromkeys(terms, 0.0) | {"accuracy": reward}
         info = {
             "assignment": assignment.copy(),
             "objective": reward,
-            "reward_terms": {name: float(term[0]) for name, term in scores.terms.items()},
-            "kl": float(scores.kl[0]),
-            "nll": float(scores.nll[0]),
+            "reward_terms": terms,
+            "kl": kl,
+            "nll": nll,
             "effective_bits": float(scores.effective_bits[0]),
             "latency_s": float(scores.cost.latency_s[0]),
             "memory_bytes": float(scores.cost.memory_bytes[0]),
@@ -114,7 +123,8 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         """Whether a map meets every limit and is no worse than the exact knapsack's."""
         if self._floor is None:
             self._floor = self._evaluate(self.problem.mckp())[1]
-        return bool(info["feasible"]) and reward >= self._floor - _TOLERANCE
+        good = FAILURE_REWARD < reward >= self._floor - _TOLERANCE
+        return good and bool(info["feasible"])
 
     def _feasible(self, assignment: NDArray[np.integer]) -> bool:
         return bool(self.problem.feasible(assignment[None])[0])

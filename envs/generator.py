@@ -81,9 +81,7 @@ def make_problem(
             limits.
     """
     known = reference_profile() if profile is None else Profile.load(profile)
-    asked = Menu.parse(
-        bits, quantizer=known.menu.quantizer, symmetric=known.menu.symmetric
-    )
+    asked = Menu.parse(bits, quantizer=known.menu.quantizer, symmetric=known.menu.symmetric)
     if asked != known.menu:
         raise InputError(
             f"The profile was measured for the formats {','.join(known.menu.keys)}, not "

@@ -43,8 +43,8 @@ class ExpertBitsImportanceEnv(OneStepEnv[NDArray[np.float32]]):
     ## Rewards
 
     `R = w_acc * dAcc - w_lat * L/L0 - w_mem * M/M0 - w_eng * E/E0` of the projected map
-    (:mod:`dmpq.objective`), with the terms in `info["reward_terms"]`. A map whose loss is not
-    finite counts with 100 nats.
+    (:mod:`dmpq.objective`), with the terms in `info["reward_terms"]`. R is -100 where the
+    loss is not finite.
 
     ## Starting State
 

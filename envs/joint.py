@@ -20,7 +20,8 @@ class ExpertBitsJointEnv(OneStepEnv[NDArray[np.int64]]):
 
     The raw problem: a vector of menu indices. A vector within every limit is taken as it is.
     Any other is projected: the exact knapsack finds, among the maps within the limits, the one
-    that moves the fewest stored bits, summed over decisions. What counts, and what
+    that moves the fewest stored bits, summed over decisions (exactly so for limits on bits and
+    memory; time and energy do not add up, and are met by prices). What counts, and what
     `info["assignment"]` reports, is the projected map.
 
     ## Action Space
@@ -42,8 +43,8 @@ class ExpertBitsJointEnv(OneStepEnv[NDArray[np.int64]]):
     ## Rewards
 
     `R = w_acc * dAcc - w_lat * L/L0 - w_mem * M/M0 - w_eng * E/E0` of the projected map
-    (:mod:`dmpq.objective`), with the terms in `info["reward_terms"]`. A map whose loss is not
-    finite counts with 100 nats.
+    (:mod:`dmpq.objective`), with the terms in `info["reward_terms"]`. R is -100 where the
+    loss is not finite.
 
     ## Starting State
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +23,8 @@ def box(size: int | tuple[int, ...], low: float = -1.0) -> spaces.Box:
 
 
 def squash(ratio: float) -> float:
-    """Return x / (1 + x): maps what is never negative, and 1 at the baseline, into [0, 1]."""
-    return ratio / (1 + ratio)
+    """Return x / (1 + x), which maps what is never negative into [0, 1]; not finite: 1."""
+    return ratio / (1 + ratio) if math.isfinite(ratio) else 1.0
 
 
 def rows(observation: Floats, problem: Problem) -> tuple[Floats, Floats]:

@@ -9,12 +9,14 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from dmpq.envs.base import BitMapEnv, EnvOptions, EnvState, Step
+from dmpq.envs.base import BitMapEnv, EnvOptions, Step
 from dmpq.envs.observation import Observation, box, squash
 from dmpq.errors import unknown
+from dmpq.formats import FULL_WIDTH
 
 RewardMode = Literal["dense", "terminal"]
 
+_TERMS: Final = ("accuracy", "latency", "memory", "energy")
 _SCALARS: Final = 8
 
 
@@ -61,7 +63,7 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
     adds the difference between the evaluator's R and the sum of the surrogates, so that the
     return is the R of the map (:mod:`dmpq.objective`). `reward="terminal"`: R at the end, zero
     before; the same return. `info["reward_terms"]` adds up to the reward; on the last step
-    `info["objective"]` is R. A map whose loss is not finite counts with 100 nats.
+    `info["objective"]` is R. R is -100 where the loss is not finite.
 
     ## Starting State
 
@@ -100,11 +102,11 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
         self._ratios = problem.linear_ratios
         self._signs = -problem.weights.as_array()
         self._sizes, self._capacity = problem.linear_limits
-        cheapest = problem.sizes.argmin(1)
-        least = self._sizes[:, np.arange(len(cheapest)), cheapest]
-        # What the decisions after each one need at least; the cheapest formats always fit.
+        self._cheapest = problem.sizes.argmin(1)
+        least = self._sizes[:, np.arange(len(self._cheapest)), self._cheapest]
+        # What the decisions after each one need at least.
         self._reserve = least[:, ::-1].cumsum(1)[:, ::-1] - least
-        self._weights_to_come = np.append(problem.decision_weights[::-1].cumsum()[::-1], 0)
+        self._weights_taken = np.append(0, problem.decision_weights.cumsum())
         self._begin()
         self.action_space = spaces.Discrete(len(problem.menu))
         self.observation_space = (
@@ -155,8 +157,8 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
         if done:
             info = self._finish()
             earned = self._signs * before if self._dense else np.zeros_like(before)
-            terms = np.array(list(info["reward_terms"].values())) - earned
-        info["reward_terms"] = dict(zip(TERMS, terms.tolist(), strict=True))
+            terms = np.array([info["reward_terms"][name] for name in _TERMS]) - earned
+        info["reward_terms"] = dict(zip(_TERMS, terms.tolist(), strict=True))
         info["invalid_action"] = chosen != asked
         return self._observe(), float(terms.sum()), done, False, info
 
@@ -167,7 +169,11 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
             return np.ones(len(self.problem.menu), dtype=np.bool_)
         least = self._used + self._reserve[:, at]
         fits: NDArray[np.bool_] = self._sizes[:, at] + least[:, None] <= self._capacity[:, None]
-        return fits.all(0)
+        mask: NDArray[np.bool_] = fits.all(0)
+        # The cheapest format always fits, but where group sizes rank differently at the geometry
+        # that memory is computed for; the projection of the finished map sees to that.
+        mask[self._cheapest[at]] = True
+        return mask
 
     def _finish(self) -> dict[str, Any]:
         """Project and score the finished map."""
@@ -189,7 +195,8 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
                 row=self._fixed[at, : self.problem.features.shape[1]].copy(),
                 progress=np.array([at / count], dtype=np.float32),
             )
-        to_come, taken = int(self._weights_to_come[at]), int(self._weights_taken[at])
+        taken = int(self._weights_taken[at])
+        to_come = int(self._weights_taken[-1]) - taken
         affordable = left * self._bit_capacity / to_come if to_come else 0.0
         mean_bits = self._bits / taken if taken else 0.0
         observation = np.empty(self._fixed.shape[1] + _SCALARS, dtype=np.float32)
@@ -198,7 +205,7 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
             *costs,
             left,
             min(affordable / FULL_WIDTH, 1.0),
-            mean_bits / (2 * FULL_WIDTH),
+            min(mean_bits / (2 * FULL_WIDTH), 1.0),
             at / count,
         )
         return observation

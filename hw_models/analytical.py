@@ -214,7 +214,7 @@ class AnalyticalModel:
         return build_tables(self.facts, self.kernels, spec, menu, workload, key)
 
     def _power_w(self, parts: Breakdown) -> Floats | float:
-        """Return mean power, watts: fitted to use where the file has a fit, else a share of TDP."""
+        """Return mean power, watts: fitted where the file has a fit, else a share of TDP."""
         facts, latency = self.facts, parts.latency_s
         if facts.power is None:
             return UNCALIBRATED_POWER_SHARE * facts.tdp_w
@@ -283,8 +283,8 @@ def _sums(
 
     def added(values: Floats) -> Floats:
         spread = np.broadcast_to(values, choices.shape).ravel()
-        total: Floats = np.bincount(index, spread, count * width).reshape(shape)
-        return total
+        total = np.bincount(index, spread, count * width)
+        return np.asarray(total, dtype=np.float64).reshape(shape)
 
     present = np.bincount(index, minlength=count * width).reshape(shape)
     return present, added(tables.active), added(tables.rows)

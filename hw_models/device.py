@@ -19,6 +19,7 @@ from dmpq.formats import FULL_WIDTH
 
 SCHEMA: Final = "dmpq.device/1"
 MAX_FILE_BYTES: Final = 1 << 20
+_LARGEST: Final = 1e300
 
 Math = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 
@@ -28,19 +29,20 @@ _BOUNDS: Final = {
     "bandwidth_bytes_per_s": (1e8, 1e15),
     "tdp_w": (0.1, 1e5),
     "idle_w": (0.0, 1e5),
+    "base_w": (0.0, 1e5),
+    "memory_w": (0.0, 1e5),
+    "compute_w": (0.0, 1e5),
     "dequantized_weights_per_s": (1e6, 1e16),
-    **{f"peak_{math}_flops_per_s": (1e8, 1e18) for math in get_args(Math)},
-    **{name: (0.0, 1.0) for name in ("launch_s", "layer_s", "step_s", "sequence_s")},
-    **{
-        name: (1e-4, 1.0)
-        for name in (
-            "memory_efficiency",
-            "compute_efficiency",
-            "dense_memory_efficiency",
-            "dense_compute_efficiency",
-        )
-    },
     "tile_rows": (1, 4096),
+    "memory_efficiency": (1e-4, 1.0),
+    "compute_efficiency": (1e-4, 1.0),
+    "dense_memory_efficiency": (1e-4, 1.0),
+    "dense_compute_efficiency": (1e-4, 1.0),
+    "launch_s": (0.0, 1.0),
+    "layer_s": (0.0, 1.0),
+    "step_s": (0.0, 1.0),
+    "sequence_s": (0.0, 1.0),
+    **{f"peak_{name}_flops_per_s": (1e8, 1e18) for name in get_args(Math)},
 }
 
 
@@ -161,6 +163,9 @@ class Device:
     def __post_init__(self) -> None:
         if not self.stacks:
             raise InputError("it names no kernel stack; give at least one")
+        names = [stack.name for stack in self.stacks]
+        if len(set(names)) != len(names):
+            raise InputError("it names a kernel stack twice; name each once")
         if self.idle_w >= self.tdp_w:
             raise InputError(f"idle_w {self.idle_w:g} is not below tdp_w {self.tdp_w:g}")
         ladder = [
@@ -271,7 +276,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        _expect(number and math.isfinite(value), where, value, "a finite number")
+        _expect(number and -_LARGEST < value < _LARGEST, where, value, "a finite number")
         return float(value)
     if kind in (int, bool, str):
         _expect(type(value) is kind, where, value, f"of type {kind.__name__}")

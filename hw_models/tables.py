@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -136,12 +137,15 @@ def _widened(fmt: Format, bits: int) -> Format:
     return wide if wide.is_full else Format(bits, fmt.group_size)
 
 
-def _per_layer(spec: ModelSpec, formats: tuple[Format, ...] | list[Format], menu: Menu) -> Floats:
+def _per_layer(spec: ModelSpec, formats: Sequence[Format], menu: Menu) -> Floats:
     """Return the bytes of one expert's projections in each format, shape (L, 2, B)."""
     menus = [Menu((f,), menu.quantizer, menu.symmetric) for f in formats]
     bits = [
-        [[m.stored_bits(shape)[0] for m in menus] for shape in (l.gate_up_shape, l.down_shape)]
-        for l in spec.moe_layers
+        [
+            [m.stored_bits(shape)[0] for m in menus]
+            for shape in (layer.gate_up_shape, layer.down_shape)
+        ]
+        for layer in spec.moe_layers
     ]
     return np.array(bits, dtype=np.float64) / BITS_PER_BYTE
 
@@ -176,7 +180,7 @@ class _Resident:
         return self.workload.tokens * layer.top_k * widths * ACTIVATION_BYTES
 
     def layer_flops(self) -> Floats:
-        """Operations per layer: weights, and attention over the context (half of it in prefill)."""
+        """Operations per layer: weights, and scores over the context (half of it in prefill)."""
         spec, work = self.spec, self.workload
         pairs = work.tokens * (work.context if work.phase == "decode" else work.context / 2)
         scores = 2 * FLOPS_PER_WEIGHT * pairs * spec.num_attention_heads * spec.head_dim

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from factories import make_problem
+from factories import make_problem, make_profile
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils.env_checker import data_equivalence
+from sb3_contrib import MaskablePPO
+from stable_baselines3 import PPO
 
 import dmpq.envs
 from dmpq.envs import (
@@ -18,7 +21,8 @@ from dmpq.envs import (
     ExpertBitsJointEnv,
 )
 from dmpq.errors import InputError
-from dmpq.testing.env import EnvContract
+from dmpq.evaluation import Evaluations
+from dmpq.testing.env import EnvContract, rollout
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +104,27 @@ def test_dense_and_terminal_give_the_same_return_and_it_is_the_evaluators(proble
         assert (info["assignment"] == same["assignment"]).all()
 
 
-def test_mask_is_exact():
-    """A prefix is allowed exactly if some completion is within the budget."""
-    problem = make_problem(layers=1, experts=4, avg_bits=3.0)
+def limit_between(name, share, **kwargs):
+    """Return a limit between the costs of the narrowest and the widest map."""
+    problem = make_problem(**kwargs)
+    ends = problem.costs(np.array([[0], [-1]]) % len(problem.menu) + problem.uniform("2"))
+    low, high = getattr(ends, name)
+    return {name: float(low + share * (high - low))}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"avg_bits": 3.0},
+        {"avg_bits": None, "bits": "2,2g32,3,16"},
+        {"avg_bits": 4.0, "bits": "2,2g16,3"},
+        {"avg_bits": None, **limit_between("memory_bytes", 0.2, layers=1, experts=4)},
+        {"avg_bits": 4.0, **limit_between("memory_bytes", 0.1, layers=1, experts=4)},
+    ],
+)
+def test_mask_is_exact(limits):
+    """A prefix is allowed exactly if some completion is within the budgets."""
+    problem = make_problem(layers=1, experts=4, **limits)
     env = ExpertBitsEnv(problem=problem)
     formats = range(len(problem.menu))
     every = np.array(list(itertools.product(formats, repeat=problem.num_decisions)))
@@ -134,6 +156,51 @@ def test_a_masked_action_becomes_the_nearest_allowed_format_below(problem):
         assert env.state().assignment[at] == allowed.max() or done
         assert info["invalid_action"] == (allowed.max() != widest)
     assert info["effective_bits"] <= problem.constraints.avg_bits
+
+
+@pytest.mark.parametrize("name", dmpq.envs.ENVIRONMENTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"serve": "projection"},
+        {"serve": "layer"},
+        {"unhit": 5},
+        {"avg_bits": None},
+        {"avg_bits": None, **limit_between("latency_s", 0.3)},
+        {"avg_bits": 3.5, **limit_between("energy_j", 0.3), **limit_between("memory_bytes", 0.3)},
+    ],
+)
+def test_every_final_map_is_within_the_limits(name, options):
+    problem = make_problem(**options)
+    env = gym.make(name, problem=problem, observation="dict")
+    for _, _, terminated, truncated, info in rollout(env, seed=1, steps=80):
+        if terminated or truncated:
+            assert info["feasible"]
+            assert problem.feasible(info["assignment"][None]).all()
+
+
+class Broken:
+    """An evaluator whose answers are not numbers."""
+
+    name = "broken"
+    tokens_spent = 0.0
+
+    def evaluate(self, assignments, *, fidelity=1.0):
+        del fidelity
+        nan = np.full(len(assignments), np.nan)
+        return Evaluations(nan, nan, nan, 0.0)
+
+
+@pytest.mark.parametrize("name", dmpq.envs.ENVIRONMENTS)
+def test_a_loss_that_is_not_finite_has_a_finite_reward(name):
+    env = gym.make(name, problem=make_problem(evaluator=Broken()), observation="dict")
+    final = dmpq.envs.FAILURE_REWARD
+    for observation, reward, terminated, _, info in rollout(env, seed=1, steps=40):
+        assert env.observation_space.contains(observation)
+        assert np.isfinite(reward)
+        if terminated:
+            assert info["objective"] == final
+            assert not info["is_success"]
 
 
 def test_flat_observation_does_not_grow_with_the_model():
@@ -250,18 +317,65 @@ def test_dict_observation_names_the_state(problem):
     assert after["loss"] > 0
 
 
-def test_a_step_costs_the_same_whatever_the_model():
-    """Ratio of the medians at 16 and 1024 experts; generous, for a busy machine."""
+@pytest.fixture(scope="module")
+def saved_profile(tmp_path_factory):
+    path = tmp_path_factory.mktemp("profile") / "profile.safetensors"
+    make_profile().save(path)
+    return str(path)
 
-    def median(experts):
-        env = ExpertBitsEnv(problem=make_problem(layers=experts // 16, experts=16))
-        env.reset()
-        times = []
-        for _ in range(15):
-            start = time.perf_counter()
-            env.step(1)
-            times.append(time.perf_counter() - start)
-        return np.median(times)
 
-    median(16)
-    assert median(1024) < 4 * median(16)
+@pytest.mark.parametrize("name", dmpq.envs.ENVIRONMENTS)
+def test_plain_values_make_an_environment_that_its_spec_rebuilds(name, saved_profile):
+    env = gym.make(name, profile=saved_profile, avg_bits=3.5, weights="acc=1", hw="h100", batch=8)
+    problem = env.unwrapped.problem
+    assert problem.constraints.avg_bits == 3.5
+    assert problem.workload.batch == 8
+    assert problem.hardware.name == "h100"
+    assert problem.cost_spec.hidden_size == 2048
+    again = gym.make(EnvSpec.from_json(env.spec.to_json()))
+    assert data_equivalence(rollout(again, seed=1), rollout(env, seed=1), exact=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bits": "2,4"}, "measured for the formats 2,3,4,8,16"),
+        ({"serve": "experts"}, "did you mean 'expert'"),
+        ({"evaluator": "modle"}, "did you mean 'model'"),
+        ({"evaluator": "model"}, "takes no other profile"),
+        ({"avg_bits": 1.0}, "--avg-bits 1 is below"),
+        ({"weights": "accuracy=1"}, "Unknown weight"),
+        ({"hw": "a1000"}, "Unknown hardware"),
+    ],
+)
+def test_bad_settings_are_one_sentence(saved_profile, settings, words):
+    with pytest.raises(InputError, match=words):
+        dmpq.envs.make_problem(profile=saved_profile, **settings)
+
+
+def test_unknown_setting_is_a_type_error(saved_profile):
+    with pytest.raises(TypeError, match="avg_bit"):
+        gym.make("dmpq/ExpertBits-v0", profile=saved_profile, avg_bit=3.0)
+
+
+def test_stock_learners_run(problem):
+    """MlpPolicy works as it is, and the mask is found through the wrappers of gym.make."""
+    PPO(
+        "MlpPolicy",
+        gym.make("dmpq/ExpertBitsImportance-v0", problem=problem),
+        n_steps=16,
+        batch_size=16,
+        device="cpu",
+    ).learn(16)
+    for name in ("dmpq/ExpertBits-v0", "dmpq/ExpertBitsAdjust-v0"):
+        env = gym.make(name, problem=problem)
+        MaskablePPO("MlpPolicy", env, n_steps=32, batch_size=32, device="cpu").learn(32)
+    env = gym.make("dmpq/ExpertBits-v0", problem=problem, observation="dict")
+    MaskablePPO("MultiInputPolicy", env, n_steps=32, batch_size=32, device="cpu").learn(32)
+
+
+def test_rows_gives_the_view_per_decision(problem):
+    observation, _ = ExpertBitsImportanceEnv(problem=problem).reset()
+    features, rest = dmpq.envs.rows(observation, problem)
+    assert (features == problem.features).all()
+    assert (rest == problem.context).all()

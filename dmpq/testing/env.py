@@ -51,8 +51,8 @@ class EnvContract:
         """Arguments for ``gym.make``; override where some are needed."""
         return {}
 
-    def make(self, env_id: str, env_kwargs: dict[str, Any], **more: Any) -> gym.Env[Any, Any]:
-        """Return the environment under test."""
+    def make(self, env_id: str, env_kwargs: dict[str, Any], **more: Any) -> Any:
+        """Return the environment under test; untyped, for ``state`` is no part of Gymnasium."""
         return gym.make(env_id, **env_kwargs, **more)
 
     @pytest.mark.parametrize("observation", ["flat", "dict"])
@@ -139,7 +139,7 @@ class EnvContract:
 
     def test_renders(self, env_id: str, env_kwargs: dict[str, Any]) -> None:
         """Both render modes give what Gymnasium expects."""
-        drawn = {}
+        drawn: dict[str, Any] = {}
         for mode in ("ansi", "rgb_array"):
             env = self.make(env_id, env_kwargs, render_mode=mode)
             rollout(env, seed=0, steps=1)

@@ -1,0 +1,17 @@
+"""Agents: everything that searches for a bit map, behind one interface.
+
+Importing this package imports no learning library; an agent's module is imported when it is made.
+"""
+
+from dmpq.agents.base import Agent, Candidate, OutOfEvaluations, Recorder, SearchResult
+from dmpq.agents.registry import make, names
+
+__all__ = [
+    "Agent",
+    "Candidate",
+    "OutOfEvaluations",
+    "Recorder",
+    "SearchResult",
+    "make",
+    "names",
+]

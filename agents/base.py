@@ -1,0 +1,217 @@
+"""What every agent shares: the interface, candidates, and the recorder that counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.errors import InputError
+from dmpq.evaluation import Evaluator
+from dmpq.objective import reward_terms
+from dmpq.problem import Problem, Scores
+
+if TYPE_CHECKING:
+    from dmpq.agents.policy import Policy
+
+FINALISTS: Final = 8
+"""Maps that are measured again on the selector's text."""
+
+OnCandidate = Callable[["Candidate"], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One evaluated map.
+
+    Attributes:
+        assignment: (D,), menu index of each decision.
+        reward: What the search maximises; ``-inf`` where the loss is not finite.
+        kl: Nats per token.
+        nll: Nats per token.
+        router_shift: Share of token-expert selections changed; NaN where no model ran.
+        effective_bits: Stored bits per expert weight.
+        feasible: Whether every limit is met.
+        evaluation: Its number, from 1.
+    """
+
+    assignment: NDArray[np.int64]
+    reward: float
+    kl: float
+    nll: float
+    router_shift: float
+    effective_bits: float
+    feasible: bool
+    evaluation: int
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        assignment: The chosen map, (D,).
+        scores: Its scores on the search's text, K = 1.
+        history: Every map evaluated, in order.
+        evaluations: Number of distinct maps evaluated.
+        tokens: What the evaluations and the final choice cost, in forwarded tokens.
+        policy: A policy that was learned on the way, if any.
+    """
+
+    assignment: NDArray[np.int64]
+    scores: Scores
+    history: tuple[Candidate, ...]
+    evaluations: int
+    tokens: float
+    policy: Policy | None = None
+
+
+@runtime_checkable
+class Agent(Protocol):
+    """Searches for a bit map."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
+    def search(
+        self,
+        problem: Problem,
+        *,
+        evaluations: int,
+        seed: int,
+        on_candidate: OnCandidate | None = None,
+    ) -> SearchResult:
+        """Return the best map ever seen, never merely the last.
+
+        Args:
+            problem: What to search.
+            evaluations: Number of distinct maps that may be evaluated.
+            seed: The same seed gives the same result.
+            on_candidate: Called with every map evaluated, in order.
+        """
+        ...
+
+
+class OutOfEvaluations(Exception):  # noqa: N818  # control flow, like StopIteration
+    """A new map was to be evaluated after the budget was spent."""
+
+
+class Recorder:
+    """Evaluates maps for an agent: counts distinct ones, never more than allowed, and keeps all.
+
+    A map met before is free: it does not count, and the evaluator knows its answer.
+
+    Args:
+        problem: What is searched.
+        evaluations: Number of distinct maps that may be evaluated.
+        on_candidate: Called with every new map.
+
+    Raises:
+        InputError: If no evaluation is allowed.
+    """
+
+    def __init__(
+        self, problem: Problem, *, evaluations: int, on_candidate: OnCandidate | None = None
+    ) -> None:
+        if evaluations < 1:
+            raise InputError(f"A search with {evaluations} evaluations is none; allow 1 or more.")
+        self._problem = problem
+        self._allowed = evaluations
+        self._on_candidate = on_candidate
+        self._seen: set[bytes] = set()
+        self._history: list[Candidate] = []
+        self._tokens = 0.0
+
+    @property
+    def history(self) -> tuple[Candidate, ...]:
+        """Every map evaluated so far, in order."""
+        return tuple(self._history)
+
+    @property
+    def remaining(self) -> int:
+        """Distinct maps that may still be evaluated."""
+        return self._allowed - len(self._history)
+
+    def evaluate(self, assignments: NDArray[np.integer]) -> Scores:
+        """Return the scores of maps (K, D), and record the new ones.
+
+        Raises:
+            OutOfEvaluations: If there are more new maps than evaluations left; none is evaluated.
+        """
+        maps = np.asarray(assignments, np.int64)
+        new = {key: i for i, key in reversed([*enumerate(row.tobytes() for row in maps)])}
+        new = {key: i for key, i in new.items() if key not in self._seen}
+        if len(new) > self.remaining:
+            raise OutOfEvaluations
+        scores = self._problem.evaluate(maps)
+        self._tokens += scores.tokens
+        self._seen.update(new)
+        for i in sorted(new.values()):
+            self._record(maps[i].copy(), scores, i)
+        return scores
+
+    def _record(self, assignment: NDArray[np.int64], scores: Scores, i: int) -> None:
+        candidate = Candidate(
+            assignment=assignment,
+            reward=float(scores.reward[i]),
+            kl=float(scores.kl[i]),
+            nll=float(scores.nll[i]),
+            router_shift=float(scores.router_shift[i]),
+            effective_bits=float(scores.effective_bits[i]),
+            feasible=bool(scores.feasible[i]),
+            evaluation=len(self._history) + 1,
+        )
+        self._history.append(candidate)
+        if self._on_candidate is not None:
+            self._on_candidate(candidate)
+
+    def result(self, *, policy: Policy | None = None) -> SearchResult:
+        """Return the best feasible map ever seen; of equals, the first.
+
+        With a selector, the best few and the first map are measured on its text too, and the
+        reward at the mean of the two KLs decides.
+
+        Raises:
+            InputError: If no map within the limits was evaluated.
+        """
+        feasible = [candidate for candidate in self._history if candidate.feasible]
+        if not feasible:
+            raise InputError(
+                f"The agent evaluated {len(self._history)} maps, none within the limits; let it "
+                "propose maps by problem.project() or problem.propose()."
+            )
+        ranked = sorted(feasible, key=lambda candidate: -candidate.reward)
+        best = ranked[0]
+        selector = self._problem.selector
+        if selector is not None:
+            best = self._select(ranked, selector, first=feasible[0])
+        scores = self._problem.evaluate(best.assignment[None])
+        return SearchResult(
+            assignment=best.assignment,
+            scores=scores,
+            history=self.history,
+            evaluations=len(self._history),
+            tokens=self._tokens,
+            policy=policy,
+        )
+
+    def _select(
+        self, ranked: list[Candidate], selector: Evaluator, *, first: Candidate
+    ) -> Candidate:
+        """Return the finalist of the best reward at the mean KL of both texts."""
+        problem = self._problem
+        finalists = ranked[:FINALISTS]
+        if first not in finalists:
+            finalists[FINALISTS - 1 :] = [first]
+        maps = np.array([candidate.assignment for candidate in finalists])
+        fresh = replace(problem, evaluator=selector, selector=None).evaluate(maps)
+        self._tokens += fresh.tokens
+        damage = (fresh.kl + np.array([candidate.kl for candidate in finalists])) / 2
+        terms = reward_terms(problem.weights, problem.baselines, damage, fresh.cost)
+        rewards = np.where(np.isfinite(damage), sum(terms.values()), -np.inf)
+        return finalists[int(rewards.argmax())]

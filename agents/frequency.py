@@ -1,0 +1,40 @@
+"""More bits to experts that the router selects more often: the most common published signal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dmpq.agents.base import OnCandidate, Recorder, SearchResult
+from dmpq.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrequencyAgent:
+    """Ranks by activation frequency alone and spends the budget exactly: one evaluation.
+
+    The "Freq" heuristic of QuantMoE-Bench (arXiv 2406.08155), which gives the most frequently
+    routed experts the wider of two widths, for any menu and any budget: an expert's error at
+    width b is taken to be ``frequency * 4^-b``, the high-resolution law of uniform quantization,
+    and the exact knapsack minimises the sum. No sensitivity and no hardware price takes part.
+    Where decisions are layers, every layer is used alike, and so is given alike.
+    """
+
+    name: ClassVar[str] = "frequency"
+
+    def search(
+        self,
+        problem: Problem,
+        *,
+        evaluations: int,
+        seed: int,
+        on_candidate: OnCandidate | None = None,
+    ) -> SearchResult:
+        """Return the frequency map; see :meth:`dmpq.agents.Agent.search`."""
+        del seed
+        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
+        frequency = problem.per_decision(problem.profile.frequency)
+        used = frequency * problem.decision_weights
+        values = used[:, None] * 4.0 ** -problem.menu.bits.astype(float)
+        recorder.evaluate(problem.project(values / (values.max() or 1.0))[None])
+        return recorder.result()

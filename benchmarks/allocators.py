@@ -1,0 +1,132 @@
+"""Compare PPO with the exact knapsack at equal metered tokens, over seeds and budgets.
+
+    python benchmarks/allocators.py
+
+For each seed a calibration draw of its own. PPO profiles on ``--profile-tokens``, searches with
+``--evaluations`` and chooses among its finalists on fresh text. The same agent with learning rate
+0 spends the same. MCKP spends all those tokens on a profile of more text (the profile, search and
+selection text of the agent, and more). All are judged on held-out text, on which nothing is
+chosen. ``--out`` keeps every row as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+
+import pandas as pd
+import torch
+
+from dmpq import agents
+from dmpq.agents.ppo import PPOAgent
+from dmpq.config import SearchConfig
+from dmpq.profiling import measure_profile
+from dmpq.session import Session
+
+BUDGETS = (2.5, 3.0, 3.5)
+
+
+def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | str]]:
+    """Return one row per budget and method for one calibration draw."""
+    rows: list[dict[str, float | str]] = []
+    config = SearchConfig(
+        seed=seed,
+        weights="acc=1",
+        evaluations=arguments.evaluations,
+        profile_tokens=arguments.profile_tokens,
+        search_tokens=arguments.search_tokens,
+        selection_tokens=arguments.selection_tokens,
+        heldout_tokens=arguments.heldout_tokens,
+    )
+    session = Session(config)
+    heldout = session.evaluator("heldout")
+    profile = session.profile()
+    spent = 0.0
+    searched = [("ppo", PPOAgent()), ("perturbations", PPOAgent(learning_rate=0.0))]
+    for budget in BUDGETS:
+        for name, agent in searched:
+            problem = _problem(session, profile, budget)
+            result = agent.search(problem, evaluations=config.evaluations, seed=seed)
+            tokens = profile.cost_tokens + result.tokens
+            spent = max(spent, tokens)
+            kl = heldout.evaluate(problem.expand(result.assignment[None])).kl[0]
+            rows.append(_row(seed, budget, name, kl, tokens, float(result.scores.kl[0])))
+        problem = _problem(session, profile, budget)
+        small = heldout.evaluate(problem.expand(problem.mckp()[None])).kl[0]
+        rows.append(_row(seed, budget, "mckp, the agent's profile", small, profile.cost_tokens))
+    per_token = profile.cost_tokens / profile.tokens
+    larger = Session(SearchConfig(**{**vars(config), "profile_tokens": round(spent / per_token)}))
+    rich = measure_profile(larger.evaluator("profile"), text=larger.splits.source)
+    for budget in BUDGETS:
+        problem = _problem(larger, rich, budget)
+        kl = heldout.evaluate(problem.expand(problem.mckp()[None])).kl[0]
+        rows.append(_row(seed, budget, "mckp", kl, rich.cost_tokens))
+        found = agents.make("frequency").search(problem, evaluations=1, seed=seed)
+        kl = heldout.evaluate(problem.expand(found.assignment[None])).kl[0]
+        rows.append(_row(seed, budget, "frequency", kl, float(rich.tokens)))
+    return rows
+
+
+def _problem(session: Session, profile, budget: float):  # noqa: ANN001, ANN202
+    config = SearchConfig(**{**vars(session.config), "avg_bits": budget})
+    at_budget = Session(config)
+    at_budget.__dict__.update(_loaded=session._loaded, bank=session.bank)
+    return at_budget.problem(
+        profile, evaluator=session.evaluator("search"), selector=session.evaluator("selection")
+    )
+
+
+def _row(
+    seed: int, budget: float, name: str, kl: float, tokens: float, search_kl: float = float("nan")
+) -> dict[str, float | str]:
+    return {
+        "seed": seed,
+        "budget": budget,
+        "method": name,
+        "heldout_kl": float(kl),
+        "search_kl": search_kl,
+        "tokens": tokens,
+    }
+
+
+def main() -> None:
+    """Run all seeds and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--evaluations", type=int, default=200)
+    parser.add_argument("--profile-tokens", type=int, default=4096)
+    parser.add_argument("--search-tokens", type=int, default=8192)
+    parser.add_argument("--selection-tokens", type=int, default=16384)
+    parser.add_argument("--heldout-tokens", type=int, default=131072)
+    parser.add_argument("--out", type=Path, default=None, help="write every row as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows: list[dict[str, float | str]] = []
+    started = time.monotonic()
+    for seed in range(arguments.seeds):
+        rows += compare(seed, arguments)
+        print(f"seed {seed} done after {time.monotonic() - started:.0f} s", flush=True)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = pd.DataFrame(rows)
+    reference = table[table.method == "mckp"].set_index(["seed", "budget"]).heldout_kl
+    index = pd.MultiIndex.from_frame(table[["seed", "budget"]])
+    table["over_mckp"] = table.heldout_kl / reference.loc[index].to_numpy()
+    summary = table.groupby(["budget", "method"]).agg(
+        kl_mean=("heldout_kl", "mean"),
+        kl_std=("heldout_kl", "std"),
+        over_mckp_mean=("over_mckp", "mean"),
+        over_mckp_worst=("over_mckp", "max"),
+        tokens=("tokens", "mean"),
+    )
+    print(summary.to_string(float_format=lambda v: f"{v:,.5g}"))
+
+
+if __name__ == "__main__":
+    main()

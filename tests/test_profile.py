@@ -1,0 +1,92 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from factories import make_profile
+
+from dmpq.errors import InputError
+from dmpq.profile import Profile, reference_profile
+
+
+def assert_equal(one: Profile, other: Profile) -> None:
+    for field in dataclasses.fields(Profile):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("projections", [False, True])
+def test_a_profile_survives_its_file(tmp_path, projections):
+    profile = make_profile(projections=projections)
+    profile.save(tmp_path / "p.safetensors")
+    assert_equal(Profile.load(tmp_path / "p.safetensors"), profile)
+
+
+def test_the_same_profile_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        make_profile().save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_unhit_experts_are_listed():
+    assert make_profile(unhit=2).unhit.tolist() == [14, 15]
+
+
+def test_head_room_is_one_where_all_experts_are_alike():
+    profile = make_profile()
+    same = dataclasses.replace(
+        profile,
+        hits=np.ones_like(profile.hits),
+        output_error=np.ones_like(profile.output_error),
+        sensitivity=np.ones_like(profile.sensitivity),
+    )
+    assert same.head_room() == {"within_layers": 1.0, "whole_model": 1.0}
+
+
+def test_head_room_is_the_ratio_of_means():
+    profile = make_profile()
+    rng = np.random.default_rng(0)
+    values = rng.lognormal(size=profile.sensitivity.shape)
+    changed = dataclasses.replace(profile, hits=np.ones_like(profile.hits), sensitivity=values)
+    first = values[:, 0]
+    expected = first.mean() / np.exp(np.log(first).mean())
+    assert changed.head_room()["whole_model"] == pytest.approx(expected)
+
+
+def test_wrong_shapes_are_refused():
+    profile = make_profile()
+    with pytest.raises(InputError, match="profile's frequency has shape"):
+        dataclasses.replace(profile, frequency=profile.frequency[:-1])
+
+
+def test_values_that_are_not_finite_are_refused():
+    profile = make_profile()
+    broken = profile.sensitivity.copy()
+    broken[0, 0] = np.nan
+    with pytest.raises(InputError, match="sensitivity holds values that are not finite"):
+        dataclasses.replace(profile, sensitivity=broken)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a profile", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_damaged_files_are_refused(tmp_path, content):
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="is not a dmpq profile"):
+        Profile.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match="There is no profile at"):
+        Profile.load(tmp_path / "none")
+
+
+def test_the_shipped_profile_is_of_the_shipped_model():
+    from dmpq.moe import load_model
+
+    profile = reference_profile()
+    moe, _ = load_model()
+    assert profile.fingerprint == moe.fingerprint
+    assert profile.spec == moe.spec
+    assert np.isfinite(profile.router_norm_change).all()

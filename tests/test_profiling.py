@@ -1,0 +1,129 @@
+"""Measured profiles against definitions computed the slow way."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from dmpq.bank import Bank
+from dmpq.formats import Menu
+from dmpq.model_evaluator import ModelEvaluator
+from dmpq.profiling import measure_profile
+
+MENU = Menu.parse("2g16,4g16,16")
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, token_ids):
+    evaluator = ModelEvaluator(
+        Bank(tiny(), MENU), token_ids.numpy(), label="profile", batch_tokens=64
+    )
+    return evaluator, measure_profile(evaluator, text="random", projections=True)
+
+
+def test_frequencies_are_what_the_router_selects(measured, token_ids):
+    evaluator, profile = measured
+    moe = evaluator.bank.moe
+    seen = []
+
+    def hook(_module, args, _output):
+        seen.append(args[1])
+
+    handles = [c.module.register_forward_hook(hook) for c in moe.containers]
+    with torch.inference_mode():
+        moe.logits(token_ids)
+    for handle in handles:
+        handle.remove()
+    counts = np.concatenate([np.bincount(i.flatten(), minlength=8) for i in seen])
+    assert profile.hits.tolist() == counts.tolist()
+    assert profile.frequency == pytest.approx(counts / token_ids.numel())
+    per_layer = profile.frequency.reshape(2, 8).sum(1)
+    assert per_layer == pytest.approx(np.full(2, moe.spec.moe_layers[0].top_k))
+
+
+def test_sensitivity_is_the_kl_with_one_expert_changed(measured):
+    evaluator, profile = measured
+    changed = np.full((1, 16), 2)
+    changed[0, 5] = 0
+    assert evaluator.evaluate(changed).kl[0] == profile.sensitivity[5, 0]
+    assert (profile.sensitivity[:, 2] == 0).all()
+    assert (profile.sensitivity[:, 0] > profile.sensitivity[:, 1])[profile.hits > 0].all()
+
+
+def test_projection_sensitivity_changes_one_projection(measured):
+    evaluator, profile = measured
+    changed = np.full((1, 32), 2)
+    changed[0, 2 * 5 + 1] = 0
+    assert evaluator.evaluate(changed).kl[0] == profile.projection_sensitivity[5, 1, 0]
+
+
+def test_contribution_is_the_mean_absolute_gradient_at_an_experts_output(measured, token_ids):
+    """Perturb one expert's output by hand: its last-layer bias would have this gradient."""
+    evaluator, profile = measured
+    moe = evaluator.bank.moe
+    last = moe.containers[-1]
+    kept = {}
+
+    def forward(module, hidden, index, weights):
+        one_hot = functional.one_hot(index, 8).float()
+        outputs = torch.stack(
+            [
+                functional.linear(
+                    module._apply_gate(functional.linear(hidden, last.gate_up[e])), last.down[e]
+                )
+                for e in range(8)
+            ],
+            dim=1,
+        ).requires_grad_()
+        outputs.retain_grad()
+        kept.update(outputs=outputs, index=index)
+        mixed = (one_hot * weights[..., None]).sum(1)
+        return (outputs * mixed[..., None]).sum(1)
+
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    forwards = [grouped_mm_experts_forward] * (len(moe.containers) - 1) + [forward]
+    with torch.enable_grad(), moe.experts_forward(forwards):
+        logits = moe.logits(token_ids)
+        functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten(), reduction="sum"
+        ).backward()
+    gradient = kept["outputs"].grad.abs().mean(-1)
+    for expert in range(8):
+        used = (kept["index"] == expert).any(-1)
+        if used.any():
+            expected = float(gradient[used, expert].mean())
+            assert profile.contribution[8 + expert] == pytest.approx(expected, rel=1e-3)
+
+
+def test_output_errors_fall_with_bits_and_vanish_at_full_precision(measured):
+    _, profile = measured
+    hit = profile.hits > 0
+    assert (profile.output_error[hit, 0] > profile.output_error[hit, 1]).all()
+    assert (profile.output_error[:, 2] == 0).all()
+    assert (profile.proxy[hit, 0] > 0).all()
+
+
+def test_weight_statistics_are_those_of_the_weights(measured):
+    evaluator, profile = measured
+    first = evaluator.bank.moe.containers[0]
+    up, down = first.gate_up[3], first.down[3]
+    flat = torch.cat([up.flatten(), down.flatten()]).double()
+    assert profile.weight_norm[3] == pytest.approx(float(flat.norm()))
+    assert profile.max_row_variance[3] == pytest.approx(
+        float(up.double().var(dim=1, unbiased=False).max())
+    )
+    assert profile.router_norm[3] == pytest.approx(
+        float(first.router[3].double().norm())
+    )
+    assert np.isnan(profile.router_norm_change).all()
+
+
+def test_experts_that_are_never_hit_are_listed_and_cost_nothing(tiny, token_ids):
+    """Two tokens select at most four of a layer's eight experts."""
+    evaluator = ModelEvaluator(Bank(tiny(), MENU), token_ids.numpy()[:1, :2], label="short")
+    profile = measure_profile(evaluator, text="two tokens")
+    assert profile.unhit.size >= 8
+    assert (profile.sensitivity[profile.unhit] == 0).all()
+    assert (profile.output_error[profile.unhit] == 0).all()
+    assert np.isfinite(profile.contribution).all()

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
@@ -25,6 +26,9 @@ import torch
 from dmpq import agents
 from dmpq.agents.ppo import PPOAgent
 from dmpq.config import SearchConfig
+from dmpq.objective import Constraints
+from dmpq.problem import Problem
+from dmpq.profile import Profile
 from dmpq.profiling import measure_profile
 from dmpq.session import Session
 
@@ -60,7 +64,7 @@ def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | 
         small = heldout.evaluate(problem.expand(problem.mckp()[None])).kl[0]
         rows.append(_row(seed, budget, "mckp, the agent's profile", small, profile.cost_tokens))
     per_token = profile.cost_tokens / profile.tokens
-    larger = Session(SearchConfig(**{**vars(config), "profile_tokens": round(spent / per_token)}))
+    larger = Session(replace(config, profile_tokens=round(spent / per_token)))
     rich = measure_profile(larger.evaluator("profile"), text=larger.splits.source)
     for budget in BUDGETS:
         problem = _problem(larger, rich, budget)
@@ -72,13 +76,11 @@ def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | 
     return rows
 
 
-def _problem(session: Session, profile, budget: float):  # noqa: ANN001, ANN202
-    config = SearchConfig(**{**vars(session.config), "avg_bits": budget})
-    at_budget = Session(config)
-    at_budget.__dict__.update(_loaded=session._loaded, bank=session.bank)
-    return at_budget.problem(
+def _problem(session: Session, profile: Profile, budget: float) -> Problem:
+    problem = session.problem(
         profile, evaluator=session.evaluator("search"), selector=session.evaluator("selection")
     )
+    return replace(problem, constraints=Constraints(avg_bits=budget))
 
 
 def _row(

@@ -20,9 +20,9 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 import numpy as np
 import torch
 
+from dmpq.config import SearchConfig
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.session import Session
-from dmpq.config import SearchConfig
 
 
 def paired(one: Callable[[int], None], other: Callable[[int], None], runs: int) -> float:
@@ -82,7 +82,9 @@ def main() -> None:
             own_forward(0)
 
     print(f"{evaluator.tokens:,} tokens, {experts} experts, {arguments.threads} threads")
-    print(f"one map / own forward                  {paired(one_map, own_forward, arguments.runs):.3f}")
+    print(
+        f"one map / own forward                  {paired(one_map, own_forward, arguments.runs):.3f}"
+    )
     print(f"profiling a variant / own forward      {paired(all_variants, forwards, 3):.3f}")
     print(f"a map among eight / a map alone        {paired(eight_together, eight_alone, 3):.3f}")
     session.bank.choose(np.full((1, experts, 2), full))

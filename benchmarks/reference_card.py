@@ -60,7 +60,8 @@ def routing_table(profile: Profile) -> list[str]:
     """Return per MoE layer the share of tokens that selects each expert, in percent."""
     layers = profile.spec.layer_of_expert
     return [
-        f"| {layer} | " + " ".join(f"{100 * f:.0f}" for f in profile.frequency[layers == layer])
+        f"| {layer} | "
+        + " ".join(f"{100 * f:.0f}" for f in profile.frequency[layers == layer])
         + " |"
         for layer in np.unique(layers)
     ]

@@ -124,6 +124,7 @@ class SortedExperts(torch.autograd.Function):
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
+        """Return the experts' weighted sum, (T, H)."""
         tokens, k = index.shape
         order = torch.argsort(index.flatten(), stable=True)
         counts = torch.bincount(index.flatten(), minlength=len(down_proj)).tolist()
@@ -147,6 +148,7 @@ class SortedExperts(torch.autograd.Function):
     def backward(  # type: ignore[override]
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, torch.Tensor]:
+        """Return the gradients of hidden states, both weights, and routing weights."""
         (inputs, gate_up, outputs, gate_up_proj, down_proj, order, inverse, weights) = (
             ctx.saved_tensors
         )
@@ -272,9 +274,7 @@ def load_progress(
     )
     full = optimizer.state_dict()
     full["state"] = {
-        i: {
-            key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        i: {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         for i, (name, _) in enumerate(model.named_parameters())
     }
     optimizer.load_state_dict(full)

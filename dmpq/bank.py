@@ -137,7 +137,9 @@ class LayerBank:
         """
         up, down = (
             self.experts.laid_out(
-                torch.stack([self._variant(e, side, int(f)) for e, f in enumerate(choice[:, side])])
+                torch.stack(
+                    [self._variant(e, side, int(f)) for e, f in enumerate(choice[:, side])]
+                )
             )
             for side in (0, 1)
         )

@@ -57,7 +57,9 @@ class SearchConfig:
     search_tokens: int = _option(16384, "calibration tokens per evaluation")
     selection_tokens: int = _option(16384, "fresh calibration tokens for the final choice")
     heldout_tokens: int = _option(65536, "held-out tokens for the report")
-    sequence_length: int | None = _option(None, "tokens per window (default: the model's, <= 2048)")
+    sequence_length: int | None = _option(
+        None, "tokens per window (default: the model's, <= 2048)"
+    )
     bank_memory_gb: float = _option(8.0, "keep variants dequantized up to this much memory")
     device: str = _option("cpu", "torch device that evaluates bit maps")
     threads: int | None = _option(None, "CPU threads (default: torch's choice)")

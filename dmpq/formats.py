@@ -148,14 +148,13 @@ class Menu:
         return SCALE_BITS + (fmt.bits if self.quantizer == "rtn" else SCALE_BITS)
 
     def stored_bits(self, shape: Sequence[int]) -> NDArray[np.int64]:
-        """Return the bits that a matrix of ``shape`` (out, in) takes in each format, shape (B,)."""
+        """Return the bits that a matrix of ``shape`` (out, in) takes in each format, (B,)."""
         out_features, in_features = shape
         weights = out_features * in_features
         stored = [
             weights * f.bits
             if f.is_full
-            else weights * f.bits
-            + weights // f.group_along(in_features) * self.overhead_bits(f)
+            else weights * f.bits + weights // f.group_along(in_features) * self.overhead_bits(f)
             for f in self.formats
         ]
         return np.array(stored)

@@ -198,7 +198,9 @@ class ModelEvaluator:
             answer = self._measure(formats, batches, first)
             if self._journal is not None:
                 self._journal.append({"text": self._text, "map": key, "values": answer})
-        self._spent += self._resume_share(first) * sum(i.numel() for i in self.id_batches[:batches])
+        self._spent += self._resume_share(first) * sum(
+            i.numel() for i in self.id_batches[:batches]
+        )
         self._asked[key] = answer
         return answer
 
@@ -296,7 +298,8 @@ def _resume_shares(spec: ModelSpec) -> list[float]:
     layers, active, total = _forward_costs(spec)
     numbers = [_layer_number(layer.path, i) for i, layer in enumerate(spec.moe_layers)]
     skipped = [
-        sum(layers[: number + 1]) - experts for number, experts in zip(numbers, active, strict=True)
+        sum(layers[: number + 1]) - experts
+        for number, experts in zip(numbers, active, strict=True)
     ]
     return [1 - before / total for before in skipped] + [0.0]
 

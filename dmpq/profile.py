@@ -181,7 +181,9 @@ class Profile:
 
 _SCALARS: Final = ("tokens", "text", "fingerprint", "full_nll", "cost_tokens")
 _ARRAYS: Final = tuple(
-    field.name for field in fields(Profile) if "NDArray" in str(field.type) or "Floats" in str(field.type)
+    field.name
+    for field in fields(Profile)
+    if "NDArray" in str(field.type) or "Floats" in str(field.type)
 )
 
 

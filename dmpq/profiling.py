@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from dmpq.bank import Bank, LayerBank
+from dmpq.bank import LayerBank
 from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel
 from dmpq.profile import Profile

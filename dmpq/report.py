@@ -97,13 +97,15 @@ def pareto(cost: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np.i
     return order[loss[order] < best]
 
 
-def plane(problem: Problem, history: Sequence[Candidate], named: dict[str, int]) -> Figure:
+def plane(
+    problem: Problem, history: Sequence[Candidate], named: dict[str, NDArray[np.integer]]
+) -> Figure:
     """Draw loss against cost for every evaluated map, with the front.
 
     Args:
         problem: Says what a map costs.
         history: Every evaluated map.
-        named: Positions in the history to label.
+        named: Maps to label, where the history has them.
     """
     from matplotlib.figure import Figure
 
@@ -111,6 +113,7 @@ def plane(problem: Problem, history: Sequence[Candidate], named: dict[str, int])
     kl = np.array([c.kl for c in history])
     latency = problem.costs(maps).latency_s * 1e6
     bits = problem.effective_bits(maps)
+    places = {name: np.flatnonzero((maps == one).all(1)) for name, one in named.items()}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, cost, label in zip(
         figure.subplots(1, 2, sharey=True),
@@ -121,11 +124,12 @@ def plane(problem: Problem, history: Sequence[Candidate], named: dict[str, int])
         axes.scatter(cost, kl, s=14, color=_FAINT, label="evaluated maps", linewidths=0)
         front = pareto(cost, kl)
         axes.plot(cost[front], kl[front], "o-", color=_FRONT, ms=4, lw=1, label="front")
-        for name, i in named.items():
-            axes.plot(cost[i], kl[i], "D", color=_STRONG, ms=6)
-            axes.annotate(
-                name, (cost[i], kl[i]), xytext=(6, 6), textcoords="offset points", fontsize=9
-            )
+        for name, found in places.items():
+            for i in found:
+                axes.plot(cost[i], kl[i], "D", color=_STRONG, ms=6)
+                axes.annotate(
+                    name, (cost[i], kl[i]), xytext=(6, 6), textcoords="offset points", fontsize=9
+                )
         axes.set_xlabel(label)
         axes.grid(alpha=0.2)
     figure.axes[0].set_ylabel("KL to full precision on search text, nats/token")

@@ -48,11 +48,16 @@ _INTERRUPTED: Final = 130
 class _Run:
     """One search: its folder, what it shows, and the best map so far."""
 
-    config: SearchConfig
+    session: Session
+    agent: Agent
     folder: Path
     console: Console
     started: float = field(default_factory=time.monotonic)
     best: Candidate | None = None
+
+    @property
+    def config(self) -> SearchConfig:
+        return self.session.config
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -73,38 +78,45 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     console = Console(stderr=arguments.json, highlight=False)
-    config = from_arguments(arguments)
     try:
-        run = _Run(config, _folder(config), console)
         with _quiet_libraries():
-            summary = search(run)
+            summary = search(from_arguments(arguments), console)
     except InputError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False)
         return 2
     except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from here.")
         return _INTERRUPTED
     if arguments.json:
         sys.stdout.write(summary)
     return 0
 
 
-def search(run: _Run) -> str:
-    """Search, write everything into the run's folder, and return ``summary.json``'s text."""
+def search(config: SearchConfig, console: Console) -> str:
+    """Search, write everything into the run's folder, and return ``summary.json``'s text.
+
+    Args:
+        config: What to search.
+        console: Where progress and the table are shown.
+
+    Raises:
+        InputError: If the configuration asks for what cannot be; nothing is written then.
+    """
     from dmpq import agents
     from dmpq.session import Session
 
-    config = run.config
     if config.threads is not None:
         import torch
 
         torch.set_num_threads(config.threads)
     agent = agents.make(config.agent)
-    journal = JsonLines(run.path("journal.jsonl"))
-    try:
-        with _progress(run.console) as show:
-            session = Session(config, journal, show)
-            session.check()
-            _introduce(run, session)
+    with _progress(console) as show:
+        session = Session(config, progress=show)
+        session.check()
+        run = _Run(session, agent, _folder(config), console)
+        _introduce(run)
+        session.journal = JsonLines(run.path("journal.jsonl"))
+        try:
             profile = session.profile()
             profile.save(run.path("profile.safetensors"))
             problem = session.problem(
@@ -112,18 +124,16 @@ def search(run: _Run) -> str:
                 evaluator=session.evaluator("search"),
                 selector=session.evaluator("selection"),
             )
-            result = _searched(run, session, problem, agent, show)
-            rows = _rows(session, problem, result, show)
-    finally:
-        journal.close()
-    return _finish(run, session, problem, result, rows)
+            result = _searched(run, problem)
+            rows = _rows(run, problem, result)
+        finally:
+            session.journal.close()
+    return _finish(run, problem, result, rows)
 
 
-def _searched(
-    run: _Run, session: Session, problem: Problem, agent: Agent, show: Progress
-) -> SearchResult:
+def _searched(run: _Run, problem: Problem) -> SearchResult:
     """Run the agent; the best map so far is on disk after every evaluation that found one."""
-    config = run.config
+    config, show = run.config, run.session.progress
     partial = run.path("history.partial.jsonl")
     with partial.open("w", encoding="utf-8") as history:
 
@@ -140,11 +150,17 @@ def _searched(
             history.write(json.dumps(line) + "\n")
             if run.best is None or candidate.reward > run.best.reward:
                 run.best = candidate
-                _write_bitmap(run, session, problem, candidate.assignment, candidate.evaluation, None)
+                _write_bitmap(
+                    run,
+                    problem,
+                    candidate.assignment,
+                    evaluations=candidate.evaluation,
+                    tokens=problem.profile.cost_tokens + problem.evaluator.tokens_spent,
+                )
             show(f"searching, best KL {run.best.kl:.5f}", candidate.evaluation, config.evaluations)
 
         try:
-            result = agent.search(
+            result = run.agent.search(
                 problem,
                 evaluations=config.evaluations,
                 seed=config.seed,
@@ -153,8 +169,7 @@ def _searched(
         except KeyboardInterrupt:
             if run.best is not None:
                 run.console.print(
-                    f"Interrupted. The best map so far (KL {run.best.kl:.5f}) is in "
-                    f"{run.path('bitmap.json')}; the same command goes on from here."
+                    f"The best map so far (KL {run.best.kl:.5f}) is in {run.path('bitmap.json')}."
                 )
             raise
     os.replace(partial, run.path("history.jsonl"))
@@ -184,7 +199,7 @@ def _folder(config: SearchConfig) -> Path:
     except (OSError, json.JSONDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "its config.json is damaged"
         raise InputError(
-            f"The output folder {folder} cannot be used ({reason}); give a writable one with --out."
+            f"The output folder {folder} cannot be used ({reason}); give another with --out."
         ) from error
     return folder
 
@@ -223,8 +238,9 @@ def _progress(console: Console) -> Iterator[Progress]:
         yield show
 
 
-def _introduce(run: _Run, session: Session) -> None:
+def _introduce(run: _Run) -> None:
     """Say what is searched, on what, and for what the costs are computed."""
+    session = run.session
     spec, hardware = session.moe.spec, session.hardware
     layers = len(spec.moe_layers)
     lines = {
@@ -250,24 +266,22 @@ def _cost_caption(session: Session) -> str:
     )
 
 
-def _rows(
-    session: Session, problem: Problem, result: SearchResult, show: Progress
-) -> list[Row]:
-    """Measure every allocation of the final table on held-out text."""
+def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
+    """Measure every allocation of the final table on held-out text; the agent's comes last."""
     from dmpq import agents
     from dmpq.report import Row
 
-    config = session.config
+    session, config = run.session, run.config
     heldout = session.evaluator("heldout")
     maps: dict[str, tuple[NDArray[np.int64], int]] = {}
     for key, name in (("16", "bf16"), ("8", "uniform8"), ("4", "uniform4"), ("3", "uniform3")):
         if key in problem.menu.keys:
             maps[name] = (problem.uniform(key), 0)
     for name in _BASELINES:
-        if name != config.agent:
+        if name != run.agent.name:
             found = agents.make(name).search(problem, evaluations=1, seed=config.seed)
             maps[name] = (found.assignment, found.evaluations)
-    maps[config.agent] = (result.assignment, result.evaluations)
+    maps[run.agent.name] = (result.assignment, result.evaluations)
     rows = []
     for name, (assignment, evaluations) in maps.items():
         measured = heldout.evaluate(problem.expand(assignment[None]))
@@ -285,26 +299,25 @@ def _rows(
                 evaluations=evaluations,
             )
         )
-        show("held-out text", len(rows), len(maps))
+        session.progress("held-out text", len(rows), len(maps))
     return rows
 
 
 def _write_bitmap(
     run: _Run,
-    session: Session,
     problem: Problem,
     assignment: NDArray[np.int64],
+    *,
     evaluations: int,
-    heldout: Row | None,
+    tokens: float,
+    heldout: Row | None = None,
 ) -> None:
     """Write ``bitmap.json``; nothing in it depends on when or where it was made."""
     from dmpq.bitmap import BitMap, assignment_from
 
-    config, moe, cost = session.config, session.moe, problem.costs(assignment[None])
+    config, moe = run.config, run.session.moe
+    cost = problem.costs(assignment[None])
     measured = {} if heldout is None else _measured(heldout)
-    spent = sum(
-        e.tokens_spent for e in (problem.evaluator, problem.selector) if e is not None
-    )
     bitmap = BitMap(
         model={
             "id": config.model,
@@ -314,9 +327,7 @@ def _write_bitmap(
         },
         geometry=moe.spec,
         menu=problem.menu,
-        assignment=assignment_from(
-            moe.spec, problem.menu, problem.expand(assignment[None])[0]
-        ),
+        assignment=assignment_from(moe.spec, problem.menu, problem.expand(assignment[None])[0]),
         objective={"weights": asdict(problem.weights), "signal": "kl"},
         constraints=asdict(problem.constraints),
         hardware={
@@ -341,7 +352,7 @@ def _write_bitmap(
             "agent": config.agent,
             "seed": config.seed,
             "evaluations": evaluations,
-            "tokens": problem.profile.cost_tokens + spent,
+            "tokens": tokens,
         },
         versions=_versions(),
         git_revision=_git_revision(),
@@ -360,34 +371,33 @@ def _measured(row: Row) -> dict[str, dict[str, float | str]]:
     }
 
 
-def _finish(
-    run: _Run, session: Session, problem: Problem, result: SearchResult, rows: list[Row]
-) -> str:
+def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) -> str:
     """Write what the search found, draw it, and print the table."""
     from dmpq import report
 
-    config, row = run.config, rows[-1]
-    _write_bitmap(run, session, problem, result.assignment, result.evaluations, row)
+    config, session, row = run.config, run.session, rows[-1]
+    _write_bitmap(
+        run,
+        problem,
+        result.assignment,
+        evaluations=result.evaluations,
+        tokens=problem.profile.cost_tokens + result.tokens,
+        heldout=row,
+    )
     if result.policy is not None:
         result.policy.save(run.path("policy"))
-    first = {"mckp": 0} if config.agent == "ppo" else {}
-    chosen = next(
-        i
-        for i, c in enumerate(result.history)
-        if np.array_equal(c.assignment, result.assignment)
-    )
-    plane = report.plane(problem, result.history, {**first, config.agent: chosen})
+    named = {"mckp": problem.mckp(), row.name: result.assignment}
+    plane = report.plane(problem, result.history, named)
     report.save_figure(plane, run.path("plane.png"))
     heat = report.heat_map(
         problem,
         result.assignment,
-        title=f"{config.agent}: {row.effective_bits:.2f} effective bits, {problem.spec.name}",
+        title=f"{row.name}: {row.effective_bits:.2f} effective bits, {problem.spec.name}",
     )
     report.save_figure(heat, run.path("bits.png"))
     profile = problem.profile
     facts = {
         "config": asdict(config),
-        "full_ppl": float(np.exp(session.evaluator("heldout").full_nll())),
         "costs": _cost_caption(session),
         "hardware": {
             "name": problem.hardware.name,

@@ -35,13 +35,15 @@ def _silent(_stage: str, _done: int, _total: int) -> None:
     """Show nothing."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Session:
     """A loaded model with its text and its variants, ready to be profiled and searched.
 
+    Everything is made when it is first asked for, and kept.
+
     Attributes:
         config: What to do.
-        journal: Where evaluations are kept; ``None`` for memory only.
+        journal: Where evaluations are kept; ``None`` for memory only. May be set later.
         progress: Called with a stage's name, steps done, and all steps.
     """
 
@@ -246,4 +248,3 @@ def reference_evaluator(split: str = "search") -> ModelEvaluator:
         split: Role of the text: ``"profile"``, ``"search"``, ``"selection"`` or ``"heldout"``.
     """
     return Session(SearchConfig()).evaluator(split)
-

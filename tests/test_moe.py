@@ -33,8 +33,13 @@ def test_early_dense_layers_are_not_moe_layers(tiny):
 
 def test_a_dense_model_is_refused():
     config = AutoConfig.for_model(
-        "llama", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2,
+        "llama",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     with pytest.raises(InputError, match="is a dense model"):
         MoEModel(AutoModelForCausalLM.from_config(config), name="dense")
@@ -42,8 +47,14 @@ def test_a_dense_model_is_refused():
 
 def test_a_family_outside_the_interface_is_refused():
     config = AutoConfig.for_model(
-        "jetmoe", vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_key_value_heads=1, kv_channels=8, num_local_experts=4,
+        "jetmoe",
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_key_value_heads=1,
+        kv_channels=8,
+        num_local_experts=4,
     )
     with pytest.raises(InputError, match="outside transformers' experts interface"):
         MoEModel(AutoModelForCausalLM.from_config(config), name="jet")

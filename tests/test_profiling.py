@@ -113,9 +113,7 @@ def test_weight_statistics_are_those_of_the_weights(measured):
     assert profile.max_row_variance[3] == pytest.approx(
         float(up.double().var(dim=1, unbiased=False).max())
     )
-    assert profile.router_norm[3] == pytest.approx(
-        float(first.router[3].double().norm())
-    )
+    assert profile.router_norm[3] == pytest.approx(float(first.router[3].double().norm()))
     assert np.isnan(profile.router_norm_change).all()
 
 

@@ -1,0 +1,1 @@
+"""The bundled Mixture-of-Experts checkpoint, its card and its profile."""

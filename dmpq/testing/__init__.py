@@ -1,1 +1,1 @@
-"""Test classes to inherit: an agent, an environment or a hardware model that passes them fits in."""
+"""Test classes to inherit: what passes them fits in."""

@@ -1,0 +1,212 @@
+"""The command from outside: what it writes, that it repeats and resumes, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dmpq.bitmap import BitMap
+from dmpq.config import SearchConfig
+from dmpq.search import main
+
+QUICK = [
+    "--profile-tokens=256",
+    "--search-tokens=512",
+    "--selection-tokens=256",
+    "--heldout-tokens=512",
+    "--evaluations=6",
+    "--bits=2,4,16",
+    "--threads=1",
+]
+ROWS = ["bf16", "uniform4", "frequency", "mckp", "ppo"]
+COLUMNS = {
+    "name",
+    "effective_bits",
+    "heldout_kl",
+    "heldout_ppl",
+    "memory_bytes",
+    "latency_s",
+    "tokens_per_s",
+    "energy_j",
+    "evaluations",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("search") / "run"
+    assert main([*QUICK, f"--out={out}"]) == 0
+    return out
+
+
+def test_everything_is_written(finished):
+    names = {f.name for f in finished.iterdir()}
+    assert names >= {
+        "bitmap.json",
+        "summary.json",
+        "history.jsonl",
+        "policy",
+        "profile.safetensors",
+        "journal.jsonl",
+        "plane.png",
+        "bits.png",
+        "config.json",
+    }
+    assert not any(name.startswith(".") or "partial" in name for name in names)
+    for picture in ("plane.png", "bits.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_has_every_row_and_column(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == ROWS
+    for row in rows.values():
+        assert set(row) == COLUMNS
+        assert all(np.isfinite(value) for key, value in row.items() if key != "name")
+    assert rows["bf16"]["heldout_kl"] == 0.0
+    assert rows["uniform4"]["heldout_kl"] > 0
+    assert rows["ppo"]["effective_bits"] <= 3.0
+    assert rows["ppo"]["evaluations"] == 6
+    assert rows["bf16"]["memory_bytes"] > rows["ppo"]["memory_bytes"]
+
+
+def test_the_bit_map_says_what_it_is_and_fits_the_model(finished):
+    from dmpq.moe import load_model
+
+    bitmap = BitMap.read(finished / "bitmap.json")
+    moe, _ = load_model()
+    assignment = bitmap.to_assignment(moe.spec)
+    stored = moe.spec.stored_bits(bitmap.menu)[np.arange(64)[:, None], [0, 1], assignment[:, None]]
+    measured = bitmap.metrics["predicted"]["effective_bits"]["value"]
+    assert stored.sum() / moe.spec.expert_parameters == pytest.approx(measured)
+    assert bitmap.model["fingerprint"] == moe.fingerprint
+
+
+def test_history_has_every_evaluation(finished):
+    lines = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert [line["evaluation"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "dmpq.search", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def test_another_process_writes_the_same_bytes(finished, tmp_path):
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    again = run(*QUICK, f"--out={tmp_path / 'again'}", env=environment)
+    assert again.returncode == 0, again.stderr
+    for name in ("bitmap.json", "history.jsonl", "profile.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path):
+    out = tmp_path / "interrupted"
+    command = [sys.executable, "-m", "dmpq.search", *QUICK, f"--out={out}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    partial = out / "history.partial.jsonl"
+    while process.poll() is None and not (partial.exists() and partial.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    if process.returncode == 130:  # else it was quicker than the signal
+        assert "best map so far" in output
+        assert BitMap.read(out / "bitmap.json")
+    journal = (out / "journal.jsonl").read_text()
+    resumed = run(*QUICK, f"--out={out}")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (out / "journal.jsonl").read_text().startswith(journal.rpartition("\n")[0])
+    for name in ("bitmap.json", "history.jsonl"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_journal_with_a_torn_line_resumes(finished, tmp_path):
+    out = tmp_path / "torn"
+    shutil.copytree(finished, out)
+    journal = out / "journal.jsonl"
+    text = journal.read_text()
+    journal.write_text(text[: len(text) // 2])
+    assert main([*QUICK, f"--out={out}"]) == 0
+    assert (out / "bitmap.json").read_bytes() == (finished / "bitmap.json").read_bytes()
+
+
+def test_json_goes_to_standard_output_alone(finished, capsys):
+    assert main([*QUICK, f"--out={finished}", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ROWS
+
+
+@pytest.mark.parametrize("serve", ["layer", "projection"])
+def test_other_serving_granularities(tmp_path, serve):
+    assert main([*QUICK, f"--serve={serve}", "--agent=mckp", f"--out={tmp_path / serve}"]) == 0
+    bitmap = BitMap.read(tmp_path / serve / "bitmap.json")
+    for keys in bitmap.assignment.values():
+        assert (len(set(keys)) == 1) if serve == "layer" else set(keys) == {"gate_up", "down"}
+
+
+def test_every_field_is_a_flag_of_the_same_name_and_default():
+    import argparse
+
+    from dmpq.config import add_options, from_arguments
+
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    assert from_arguments(parser.parse_args([])) == SearchConfig()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hw=a10o"], "did you mean 'a100'"),
+        (["--agent=pppo"], "did you mean 'ppo'"),
+        (["--agent=nowhere:Nothing"], "cannot be imported"),
+        (["--bits=2,5"], "Bit-width 5 is not on offer"),
+        (["--avg-bits=1.5"], "1.5"),
+        (["--avg-bits=-3"], "-3"),
+        (["--avg-bits=nan"], "nan"),
+        (["--memory-gb=0.0001"], "memory"),
+        (["--latency-ms=0.000001"], "latency"),
+        (["--evaluations=0"], "--evaluations 0"),
+        (["--weights=acc=x"], "acc"),
+        (["--weights=speed=1"], "speed"),
+        (["--cost-geometry=olmo"], "did you mean"),
+        (["--model=nobody/nothing"], "hub has not delivered"),
+        (["--dataset=nothing.txt"], "hub has not delivered"),
+        (["--profile=nothing.safetensors"], "There is no profile"),
+    ],
+)
+def test_bad_input_ends_with_two_and_one_sentence(tmp_path, capsys, arguments, message):
+    out = tmp_path / "out"
+    assert main([*QUICK, f"--out={out}", *arguments]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert not (out / "bitmap.json").exists()
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main([f"--model={tmp_path / 'empty'}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "holds no checkpoint" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_of_another_configuration_is_left_alone(finished, capsys):
+    before = (finished / "bitmap.json").read_bytes()
+    assert main([*QUICK, "--seed=1", f"--out={finished}"]) == 2
+    assert "run of another configuration" in " ".join(capsys.readouterr().err.split())
+    assert (finished / "bitmap.json").read_bytes() == before
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*QUICK, f"--out={tmp_path / 'file' / 'run'}"]) == 2
+    assert "cannot be used" in " ".join(capsys.readouterr().err.split())

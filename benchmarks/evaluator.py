@@ -82,9 +82,8 @@ def main() -> None:
             own_forward(0)
 
     print(f"{evaluator.tokens:,} tokens, {experts} experts, {arguments.threads} threads")
-    print(
-        f"one map / own forward                  {paired(one_map, own_forward, arguments.runs):.3f}"
-    )
+    one = paired(one_map, own_forward, arguments.runs)
+    print(f"one map / own forward                  {one:.3f}")
     print(f"profiling a variant / own forward      {paired(all_variants, forwards, 3):.3f}")
     print(f"a map among eight / a map alone        {paired(eight_together, eight_alone, 3):.3f}")
     session.bank.choose(np.full((1, experts, 2), full))

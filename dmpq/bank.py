@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.formats import Menu
-from dmpq.moe import Experts, MoEModel
+from dmpq.moe import Experts, MoEModel, run_stacked
 from dmpq.quantization import QuantizedTensor, pack_codes, quantize, unpack_codes
 
 DEFAULT_BANK_MEMORY: Final = 8 * 2**30
@@ -109,7 +108,7 @@ class LayerBank:
                 rows = index.view(len(formats), -1)
                 chosen = formats.gather(1, rows).view_as(index)
             virtual = index * len(self.menu) + chosen
-            return grouped_mm_experts_forward(self._virtual, hidden, virtual, weights)
+            return run_stacked(self._virtual, hidden, virtual, weights)
         blocks = zip(
             choice,
             hidden.chunk(len(choice)),
@@ -127,7 +126,7 @@ class LayerBank:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         view = self.experts.stacked(*self.select(choice))
-        return grouped_mm_experts_forward(view, hidden, index, weights)
+        return run_stacked(view, hidden, index, weights)
 
     def select(self, choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights of one map, (E, out, in) each for gate+up and down.

@@ -83,7 +83,7 @@ def load_splits(
     rest = _windows(heldout, tokenizer, length)
     if len(rest) < wanted:
         raise _too_short(dataset, "held-out", len(rest), wanted, length)
-    spread = np.linspace(0, len(rest) - 1, wanted).astype(np.int64) if wanted else []
+    spread: NDArray[np.int64] = np.linspace(0, max(len(rest) - 1, 0), wanted).astype(np.int64)
     return Splits(profile, search, selection, rest[spread], source)
 
 

@@ -83,32 +83,30 @@ def _pydoc_topics() -> Iterator[Document]:
         yield Document("pydoc_data", f"pydoc_data/topics/{name}", "prose", str(topics[name]))
 
 
-@lru_cache(maxsize=1)
-def documents() -> tuple[Document, ...]:
-    """Return every document of the embedded text, in a fixed order.
+def _module_documents(root: Path, module: str) -> Iterator[Document]:
+    for file in _source_files(root, module):
+        text = file.read_text(encoding="utf-8", errors="replace")
+        path = file.relative_to(root).as_posix()
+        yield Document(module, path, "code", text)
+        prose = _docstrings(text)
+        if prose:
+            yield Document(module, path, "prose", prose)
+
+
+@lru_cache(maxsize=3)
+def side_documents(side: Side) -> tuple[Document, ...]:
+    """Return the documents of one side, in a fixed order.
 
     Only modules that the interpreter itself calls standard are read, so that what a distribution
     adds beside them does not enter.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found: list[Document] = []
-    for module in sorted(sys.stdlib_module_names - _TABLES - _TEST_FOLDERS):
-        if module.startswith("_sysconfigdata"):
-            continue
-        for file in _source_files(root, module):
-            text = file.read_text(encoding="utf-8", errors="replace")
-            path = file.relative_to(root).as_posix()
-            found.append(Document(module, path, "code", text))
-            prose = _docstrings(text)
-            if prose:
-                found.append(Document(module, path, "prose", prose))
-    found.extend(_pydoc_topics())
+    standard = sys.stdlib_module_names - _TABLES - _TEST_FOLDERS
+    modules = [m for m in sorted(standard) if not m.startswith("_sysconfigdata")]
+    found = [d for m in modules if side_of(m) == side for d in _module_documents(root, m)]
+    if side_of("pydoc_data") == side:
+        found.extend(_pydoc_topics())
     return tuple(found)
-
-
-def side_documents(side: Side) -> tuple[Document, ...]:
-    """Return the documents of one side, in a fixed order."""
-    return tuple(d for d in documents() if side_of(d.module) == side)
 
 
 def fingerprint(side: Side) -> dict[str, str]:

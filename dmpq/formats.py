@@ -116,7 +116,7 @@ class Menu:
             raise unknown("quantizer", quantizer, QUANTIZERS)
         names = keys.split(",") if isinstance(keys, str) else list(keys)
         formats = tuple(Format.parse(name.strip()) for name in names if name.strip())
-        return cls(formats, quantizer, symmetric)  # type: ignore[arg-type]
+        return cls(formats, quantizer, symmetric)
 
     def __len__(self) -> int:
         """Return the number of formats."""

@@ -147,7 +147,8 @@ class ModelEvaluator:
         before = self._spent
         formats = self._formats(assignments)
         answers = np.array([self._answer(one, batches) for one in formats]).reshape(-1, 3)
-        return Evaluations(*answers.T, tokens=self._spent - before)
+        kl, nll, shift = answers.T
+        return Evaluations(kl, nll, shift, self._spent - before)
 
     def screen(self, assignments: Assignments) -> Evaluations:
         """Measure K maps in one forward per batch, each map on its own copy of the rows.
@@ -167,8 +168,8 @@ class ModelEvaluator:
                 for k, part in enumerate(logits.chunk(len(formats))):
                     totals[k] += _compare(part, [c[k] for c in chosen], batch)
         self._spent += len(formats) * self.tokens
-        values = _per_token(totals, batches)
-        return Evaluations(*values.T, tokens=self._spent - before)
+        kl, nll, shift = _per_token(totals, batches).T
+        return Evaluations(kl, nll, shift, self._spent - before)
 
     def _formats(self, assignments: Assignments) -> NDArray[np.int64]:
         """Return menu indices of both projections, (K, N, 2)."""
@@ -336,4 +337,5 @@ def _per_token(totals: NDArray[np.float64], batches: list[_Batch]) -> NDArray[np
     tokens = sum(b.ids.numel() for b in batches)
     predicted = sum(_predicted(b.ids) for b in batches)
     selections = sum(s.numel() for b in batches for s in b.selected)
-    return totals / np.array([tokens, predicted, selections])
+    means: NDArray[np.float64] = totals / np.array([tokens, predicted, selections])
+    return means

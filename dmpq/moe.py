@@ -113,6 +113,24 @@ class Experts:
         return SimpleNamespace(**view)
 
 
+def run_stacked(
+    view: SimpleNamespace, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Run transformers' ``grouped_mm`` experts over the weights of :meth:`Experts.stacked`.
+
+    Args:
+        view: What the forward reads in place of a module.
+        hidden: (T, H).
+        index: int64 (T, K), virtual experts.
+        weights: (T, K), routing weights.
+
+    Returns:
+        (T, H).
+    """
+    reads_as_module: Any = view
+    return grouped_mm_experts_forward(reads_as_module, hidden, index, weights)
+
+
 def _dispatch(
     module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
@@ -146,7 +164,8 @@ class MoEModel:
             raise _no_experts(model, name)
         model.set_experts_implementation(IMPLEMENTATION)
         for experts in self.containers:
-            used = experts.module.config._experts_implementation
+            config: Any = experts.module.config
+            used = config._experts_implementation
             if used != IMPLEMENTATION:
                 raise InputError(
                     f"{experts.path} of {name} ignores the experts interface (it uses {used!r}); "
@@ -212,7 +231,7 @@ def _measured(layer: MoELayer, experts: Experts) -> MoELayer:
         num_experts=experts.num_experts,
         hidden_size=hidden,
         intermediate_size=intermediate,
-        gated=experts.module.has_gate,
+        gated=bool(experts.module.has_gate),
     )
 
 
@@ -269,7 +288,7 @@ def load_model(
     dtype: Any = torch.float32 if device == "cpu" else "auto"
     try:
         AutoConfig.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

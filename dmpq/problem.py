@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
 from typing import Final, Literal, cast, get_args
 
 import numpy as np
@@ -17,9 +15,9 @@ from dmpq.errors import InputError, unknown
 from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
-from dmpq.knapsack import Mckp, solve_mckp_multi
 from dmpq.objective import Baselines, Constraints, Weights, reward_terms, shown
 from dmpq.profile import Profile
+from dmpq.projection import Projection
 from dmpq.spec import ModelSpec
 
 Serve = Literal["expert", "projection", "layer"]
@@ -29,17 +27,8 @@ Assignments = NDArray[np.integer]
 
 _BITS_PER_BYTE: Final = 8
 _BASELINE_WIDTH: Final = 8
-_ROUNDING: Final = 1e-12
+ROUNDING: Final = 1e-12
 """Share by which a cost may exceed its limit: the rounding of sums."""
-
-_PRICE_STEP: Final = 8.0
-_PRICE_STEPS: Final = 12
-_BISECTIONS: Final = 10
-_SPENT_AT_ONCE: Final = 64
-"""Single changes that are priced in one call, and how many are made, when a budget is left."""
-
-_MAX_SUBSETS: Final = 7
-"""Menus up to this size are searched for the cheapest map over all subsets, others over pairs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +177,7 @@ class Problem:
         return self._pooled(own)
 
     @cached_property
-    def _unhit(self) -> Ints:
+    def unhit(self) -> Ints:
         """Decisions of which calibration hit no expert."""
         return np.flatnonzero(self.per_decision(self.profile.hits.astype(np.float64)) == 0)
 
@@ -249,7 +238,7 @@ class Problem:
         return self.costs(np.repeat(formats[:, None], self.num_decisions, axis=1))
 
     @cached_property
-    def _linear_latency(self) -> Floats:
+    def linear_latency(self) -> Floats:
         """Time of each decision in each format, seconds, (D, B)."""
         return self._pooled(
             self.hardware.expert_latency(
@@ -258,13 +247,13 @@ class Problem:
         )
 
     @cached_property
-    def _linear_energy(self) -> Floats:
+    def linear_energy(self) -> Floats:
         """Energy of each decision in each format, joules, (D, B).
 
         Its time at the mean power of the uniform map in that format.
         """
         uniform = self._uniform_costs
-        return self._linear_latency * (uniform.energy_j / uniform.latency_s)
+        return self.linear_latency * (uniform.energy_j / uniform.latency_s)
 
     @cached_property
     def _cost_sizes(self) -> Ints:
@@ -282,9 +271,9 @@ class Problem:
         return np.stack(
             [
                 self.sensitivity / base.damage,
-                self._linear_latency / base.latency_s,
+                self.linear_latency / base.latency_s,
                 self._cost_sizes / _BITS_PER_BYTE / base.memory_bytes,
-                self._linear_energy / base.energy_j,
+                self.linear_energy / base.energy_j,
             ],
             axis=2,
         )
@@ -304,7 +293,7 @@ class Problem:
             fixed -= float(self._cost_sizes[:, 0].sum()) / _BITS_PER_BYTE
             left = (self.constraints.memory_bytes - fixed) * _BITS_PER_BYTE
             sizes.append(self._cost_sizes)
-            limits.append(math.floor(left + _ROUNDING * abs(left)))
+            limits.append(math.floor(left + ROUNDING * abs(left)))
         shape = (len(sizes), *self.sizes.shape)
         return np.array(sizes, np.int64).reshape(shape), np.array(limits, np.int64)
 
@@ -319,7 +308,7 @@ class Problem:
                 stored = self._stored(self.sizes[None], assignments)[0]
                 within &= stored <= math.floor(limit * self.num_weights)
             else:
-                within &= getattr(cost, name) <= limit * (1 + _ROUNDING)
+                within &= getattr(cost, name) <= limit * (1 + ROUNDING)
         return within
 
     def linear_values(self, log_importance: Floats | None = None) -> Floats:
@@ -357,17 +346,16 @@ class Problem:
     def project(self, values: Floats) -> Ints:
         """Return the map of least value within every limit, (D,).
 
-        Exact for limits on bits and memory. Latency and energy do not add up: one multiplier
-        prices their linearised shares, each relative to its limit, and is bisected until the full
-        cost model agrees; what is left of a limit is spent greedily.
+        Exact for limits on bits and memory; for others see :mod:`dmpq.projection`.
 
         Args:
             values: (D, B), what each format costs in the objective; smaller is better.
         """
-        choice = self._solve(values)
-        if self._priced and not self.feasible(choice[None])[0]:
-            choice = self._spend(values, self._priced_choice(values))
-        return self._widen_unhit(values, choice)
+        return self._projection.project(values)
+
+    @cached_property
+    def _projection(self) -> Projection:
+        return Projection(self)
 
     def evaluate(self, assignments: Assignments) -> Scores:
         """Return the true scores of maps (K, D)."""
@@ -394,123 +382,6 @@ class Problem:
             tokens=found.tokens,
         )
 
-    @property
-    def _priced(self) -> dict[str, Floats]:
-        """Linearised shares of the limits that do not add up, relative to them: name → (D, B)."""
-        linear = {"latency_s": self._linear_latency, "energy_j": self._linear_energy}
-        given = self.constraints.given()
-        return {name: linear[name] / given[name] for name in linear if name in given}
-
-    @cached_property
-    def _knapsack(self) -> Mckp:
-        sizes, limits = self.linear_limits
-        if not len(limits):
-            return Mckp(self.sizes, int(self.sizes.max(1).sum()))
-        return Mckp(sizes[0], int(limits[0]))
-
-    def _solve(self, values: Floats) -> Ints:
-        """Solve within the linear limits."""
-        sizes, limits = self.linear_limits
-        if len(limits) > 1:
-            return solve_mckp_multi(values, sizes, limits)
-        return self._knapsack.solve(values)
-
-    def _priced_choice(self, values: Floats) -> Ints:
-        """Return the best map found within the limits that do not add up."""
-        shares = sum(self._priced.values(), np.zeros(values.shape))
-        found = list(self._cheapest)
-
-        def fits(price: float) -> bool:
-            choice = self._solve(values + price * shares)
-            feasible = bool(self.feasible(choice[None])[0])
-            if feasible:
-                found.append(choice)
-            return feasible
-
-        price = float(np.ptp(values, axis=1).sum() / np.ptp(shares, axis=1).sum())
-        price = price / _PRICE_STEP ** (_PRICE_STEPS // 2) or 1.0
-        for _ in range(_PRICE_STEPS):
-            if fits(price):
-                break
-            price *= _PRICE_STEP
-        low = price / _PRICE_STEP
-        for _ in range(_BISECTIONS):
-            middle = math.sqrt(low * price)
-            low, price = (low, middle) if fits(middle) else (middle, price)
-        maps = np.array(found)
-        best: Ints = maps[
-            np.take_along_axis(values[None], maps[:, :, None], 2).sum((1, 2)).argmin()
-        ]
-        return best
-
-    def _spend(self, values: Floats, choice: Ints) -> Ints:
-        """Make the single changes that lower the value most, as long as every limit is met."""
-        choice, rows = choice.copy(), np.arange(len(choice))
-        for _ in range(_SPENT_AT_ONCE):
-            gain = values - values[rows, choice][:, None]
-            order = np.argsort(gain, axis=None, kind="stable")[:_SPENT_AT_ONCE]
-            order = order[gain.ravel()[order] < 0]
-            maps = np.repeat(choice[None], len(order), axis=0)
-            decisions, formats = np.unravel_index(order, gain.shape)
-            maps[np.arange(len(order)), decisions] = formats
-            possible = np.flatnonzero(self.feasible(maps)) if len(maps) else order
-            if not possible.size:
-                break
-            choice = maps[possible[0]]
-        return choice
-
-    def _widen_unhit(self, values: Floats, choice: Ints) -> Ints:
-        """Widen experts that calibration never hit, in turn, by what nothing else can use."""
-        sizes, limits = self.linear_limits
-        rows, order = np.arange(len(choice)), np.argsort(self.sizes, axis=1, kind="stable")
-        waiting = self._unhit.tolist()
-        choice = choice.copy()
-        spare = limits - sizes[:, rows, choice].sum(1)
-        while waiting:
-            still = []
-            for row in waiting:
-                here = choice[row]
-                wider = order[row][int(np.flatnonzero(order[row] == here)[0]) + 1 :]
-                if not wider.size or values[row, wider[0]] > values[row, here]:
-                    continue
-                taken = sizes[:, row, wider[0]] - sizes[:, row, here]
-                moved = choice.copy()
-                moved[row] = wider[0]
-                if (taken > spare).any() or (self._priced and not self.feasible(moved[None])[0]):
-                    continue
-                choice, spare = moved, spare - taken
-                still.append(row)
-            waiting = still
-        return choice
-
-    @cached_property
-    def _cheapest(self) -> Ints:
-        """Feasible maps among the cheapest of every set of formats, (K, D); K may be 0."""
-        maps = self._cheap_maps
-        return maps[self.feasible(maps)]
-
-    @cached_property
-    def _cheap_maps(self) -> Ints:
-        """The cheapest map of every set of formats, by linearised latency and energy, (K, D)."""
-        sizes, limits = self.linear_limits
-        found = []
-        for columns in _subsets(len(self.menu)):
-            part = sizes[:, :, columns]
-            if (part.min(2).sum(1) > limits).any():
-                continue
-            for shares in self._priced.values():
-                priced = shares[:, columns]
-                try:
-                    choice = (
-                        solve_mckp_multi(priced, part, limits)
-                        if len(limits)
-                        else (priced.argmin(1))
-                    )
-                except InputError:
-                    continue
-                found.append(np.array(columns)[choice])
-        return np.unique(np.array(found), axis=0)
-
     def _check_limits(self) -> None:
         """Refuse limits that no map meets, naming the least that can be reached."""
         given = self.constraints.given()
@@ -521,13 +392,15 @@ class Problem:
             narrow = self._cost_sizes.argmin(1)
             least["memory_bytes"] = float(self.costs(narrow[None]).memory_bytes[0])
         self._refuse_below(least)
-        if not self._priced:
+        if not self._projection.priced:
             if len(given) > 1:
-                self._solve(np.zeros(self.sizes.shape))
+                self._projection.solve(np.zeros(self.sizes.shape))
             return
-        cost = self.costs(self._cheap_maps)
-        self._refuse_below({name: float(getattr(cost, name).min()) for name in self._priced})
-        if not len(self._cheapest):
+        cost = self.costs(self._projection.cheap_maps)
+        self._refuse_below(
+            {name: float(getattr(cost, name).min()) for name in self._projection.priced}
+        )
+        if not len(self._projection.cheapest):
             limits = " and ".join(" ".join(shown(name, value)) for name, value in given.items())
             raise InputError(
                 f"No map was found that meets {limits} together, though each alone can be met; "
@@ -537,7 +410,7 @@ class Problem:
     def _refuse_below(self, least: dict[str, float]) -> None:
         for name, value in least.items():
             limit = self.constraints.given()[name]
-            if limit * (1 + _ROUNDING) >= value:
+            if limit * (1 + ROUNDING) >= value:
                 continue
             flag, given = shown(name, limit)
             remedy = "raise it, or offer narrower formats with --bits"
@@ -568,11 +441,3 @@ class Problem:
     def context(self) -> NDArray[np.float32]:
         """What a policy sees of the problem as a whole, float32 (C,) in [-1, 1]."""
         return features.context(self)
-
-
-def _subsets(formats: int) -> Iterable[list[int]]:
-    """Yield every set of formats, or up to two at a time of long menus."""
-    largest = formats if formats <= _MAX_SUBSETS else 2
-    for count in range(1, largest + 1):
-        for columns in combinations(range(formats), count):
-            yield list(columns)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -14,7 +14,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.bank import LayerBank
 from dmpq.model_evaluator import ModelEvaluator, expert_share
-from dmpq.moe import MoEModel
+from dmpq.moe import MoEModel, run_stacked
 from dmpq.profile import Profile
 
 BACKWARD_COST: Final = 2.0
@@ -58,7 +58,7 @@ class _Sums:
     contribution: NDArray[np.float64]
     output_error: NDArray[np.float64]
     proxy: NDArray[np.float64]
-    tokens: int = field(default=0)
+    tokens: int = 0
 
 
 def measure_profile(
@@ -148,8 +148,13 @@ def _gradient_pass(evaluator: ModelEvaluator) -> _Sums:
     """Run the model forward and backward over the text, layer by layer collecting sums."""
     bank = evaluator.bank
     experts, formats = bank.moe.spec.num_experts, len(bank.menu)
-    zeros = [np.zeros((experts, formats)) for _ in range(2)]
-    sums = _Sums(np.zeros(experts, np.int64), np.zeros(experts), np.zeros(experts), *zeros)
+    sums = _Sums(
+        hits=np.zeros(experts, np.int64),
+        routing_weight=np.zeros(experts),
+        contribution=np.zeros(experts),
+        output_error=np.zeros((experts, formats)),
+        proxy=np.zeros((experts, formats)),
+    )
     embed = bank.moe.model.get_input_embeddings()
     for ids in evaluator.id_batches:
         captures = [_Capture() for _ in bank.layers]
@@ -198,7 +203,7 @@ def _one_expert(
     up, down = layer.variant(expert, fmt)
     view = layer.experts.stacked(up[None], down[None], only=expert)
     index = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
-    return grouped_mm_experts_forward(view, hidden, index, weight[:, None])
+    return run_stacked(view, hidden, index, weight[:, None])
 
 
 def _weight_statistics(moe: MoEModel) -> dict[str, NDArray[np.float64]]:

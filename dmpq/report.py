@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -98,7 +98,7 @@ def pareto(cost: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np.i
 
 
 def plane(
-    problem: Problem, history: Sequence[Candidate], named: dict[str, NDArray[np.integer]]
+    problem: Problem, history: Sequence[Candidate], named: Mapping[str, NDArray[np.integer]]
 ) -> Figure:
     """Draw loss against cost for every evaluated map, with the front.
 
@@ -132,6 +132,7 @@ def plane(
                 )
         axes.set_xlabel(label)
         axes.grid(alpha=0.2)
+        axes.margins(x=0.12)
     figure.axes[0].set_ylabel("KL to full precision on search text, nats/token")
     figure.axes[0].legend(frameon=False)
     return figure

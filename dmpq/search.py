@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,26 +17,27 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+import dmpq
 from dmpq.config import SearchConfig, add_options, from_arguments
+from dmpq.console import progress_bars, quiet_libraries
 from dmpq.errors import InputError
 from dmpq.files import JsonLines, replace_atomically
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.console import Console
-    from rich.progress import TaskID
 
     from dmpq.agents import Agent, Candidate, SearchResult
     from dmpq.problem import Problem
     from dmpq.report import Row
-    from dmpq.session import Progress, Session
+    from dmpq.session import Session
 
 _EXAMPLES: Final = """examples:
   python -m dmpq.search --hw a100
   python -m dmpq.search --hw rtx4090 --avg-bits 2.5 --weights acc=1
   python -m dmpq.search --model path/to/checkpoint --dataset notes.txt --memory-gb 12
 """
-_VERSIONED: Final = ("dmpq", "torch", "transformers", "torchao", "stable-baselines3", "numpy")
+_VERSIONED: Final = ("torch", "transformers", "torchao", "stable-baselines3", "numpy")
 _BASELINES: Final = ("frequency", "mckp")
 _INTERRUPTED: Final = 130
 
@@ -79,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console(stderr=arguments.json, highlight=False)
     try:
-        with _quiet_libraries():
-            summary = search(from_arguments(arguments), console)
+        quiet_libraries()
+        summary = search(from_arguments(arguments), console)
     except InputError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False)
         return 2
@@ -110,7 +108,7 @@ def search(config: SearchConfig, console: Console) -> str:
 
         torch.set_num_threads(config.threads)
     agent = agents.make(config.agent)
-    with _progress(console) as show:
+    with progress_bars(console) as show:
         session = Session(config, progress=show)
         session.check()
         run = _Run(session, agent, _folder(config), console)
@@ -202,40 +200,6 @@ def _folder(config: SearchConfig) -> Path:
             f"The output folder {folder} cannot be used ({reason}); give another with --out."
         ) from error
     return folder
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own progress bars and notices out of the way."""
-    import datasets
-    import transformers
-
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    yield
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    """Show one bar per stage of the run."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("  {task.description:<34}"), BarColumn(20), MofNCompleteColumn())
-    with Bars(*columns, TimeElapsedColumn(), console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            kind = stage.partition(",")[0]
-            if kind not in tasks:
-                tasks[kind] = bars.add_task(stage, total=total)
-            bars.update(tasks[kind], description=stage, completed=done)
-
-        yield show
 
 
 def _introduce(run: _Run) -> None:
@@ -434,7 +398,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in _VERSIONED}
+    return {"dmpq": dmpq.__version__, **{name: version(name) for name in _VERSIONED}}
 
 
 def _git_revision() -> str | None:

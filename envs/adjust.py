@@ -90,11 +90,12 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
         self._fixed = np.concatenate([problem.features.ravel(), problem.context], dtype=np.float32)
         self._map = problem.mckp()
         self.action_space = spaces.Discrete(2 * len(self._groups))
-        self.observation_space = (
+        space: spaces.Space[Any] = (
             box(self._fixed.size + decisions + 6)
             if self._parts is None
             else self._parts.space(steps_left=1)
         )
+        self.observation_space = space
 
     @property
     def horizon(self) -> int:
@@ -145,7 +146,8 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
     def action_masks(self) -> NDArray[np.bool_]:
         """Return which moves change the map and keep it within every limit, (2 * G,)."""
         moved = np.stack([self._moved(action) for action in range(self.horizon)])
-        return (moved != self._map).any(1) & self.problem.feasible(moved)
+        mask: NDArray[np.bool_] = (moved != self._map).any(1) & self.problem.feasible(moved)
+        return mask
 
     def _moved(self, action: int) -> NDArray[np.int64]:
         group, up = divmod(action, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeVar, Unpack, get_args
+from typing import Any, Final, TypeVar, Unpack, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -63,7 +63,7 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         settings: See :func:`~dmpq.envs.generator.make_problem`; plain JSON values.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}
+    metadata: dict[str, Any] = {"render_modes": ["ansi", "rgb_array"], "render_fps": 4}  # noqa: RUF012
 
     def __init__(
         self,

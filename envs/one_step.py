@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any, Unpack
 
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from dmpq.envs.base import ActType, BitMapEnv, EnvOptions, Step
@@ -20,9 +21,10 @@ class OneStepEnv(BitMapEnv[ActType]):
         super().__init__(**options)
         problem = self.problem
         self._flat = np.concatenate([problem.features.ravel(), problem.context], dtype=np.float32)
-        self.observation_space = (
+        space: spaces.Space[Any] = (
             box(self._flat.size) if self._parts is None else self._parts.space()
         )
+        self.observation_space = space
 
     @abstractmethod
     def _decide(self, action: ActType) -> tuple[NDArray[np.int64], dict[str, Any]]:

@@ -109,11 +109,12 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
         self._weights_taken = np.append(0, problem.decision_weights.cumsum())
         self._begin()
         self.action_space = spaces.Discrete(len(problem.menu))
-        self.observation_space = (
+        space: spaces.Space[Any] = (
             box(self._fixed.shape[1] + _SCALARS)
             if self._parts is None
             else self._parts.space(row=problem.features.shape[1], progress=1)
         )
+        self.observation_space = space
 
     @property
     def horizon(self) -> int:
@@ -169,7 +170,7 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
             return np.ones(len(self.problem.menu), dtype=np.bool_)
         least = self._used + self._reserve[:, at]
         fits: NDArray[np.bool_] = self._sizes[:, at] + least[:, None] <= self._capacity[:, None]
-        mask: NDArray[np.bool_] = fits.all(0)
+        mask: NDArray[np.bool_] = np.logical_and.reduce(fits, axis=0)
         # The cheapest format always fits, but where group sizes rank differently at the geometry
         # that memory is computed for; the projection of the finished map sees to that.
         mask[self._cheapest[at]] = True

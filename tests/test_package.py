@@ -62,7 +62,7 @@ FLOORS = [
     {"knapsack", "objective", "features", "problem", "projection"},
     {"envs", "session", "config"},
     {"agents"},
-    {"testing", "report", "search"},
+    {"testing", "report", "console", "search", "validate"},
 ]
 
 

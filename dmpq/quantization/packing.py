@@ -24,7 +24,8 @@ def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
         return codes.clone()
     places = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = (codes[..., None] >> places & 1).flatten(-2).unflatten(-1, (-1, 8))
-    return (stream << _bit_places(codes.device)).sum(-1, dtype=torch.uint8)
+    packed: torch.Tensor = (stream << _bit_places(codes.device)).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -33,7 +34,8 @@ def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
         return packed.clone()
     stream = (packed[..., None] >> _bit_places(packed.device) & 1).flatten(-2)
     places = torch.arange(bits, dtype=torch.uint8, device=packed.device)
-    return (stream.unflatten(-1, (-1, bits)) << places).sum(-1, dtype=torch.uint8)
+    codes: torch.Tensor = (stream.unflatten(-1, (-1, bits)) << places).sum(-1, dtype=torch.uint8)
+    return codes
 
 
 def _bit_places(device: torch.device) -> torch.Tensor:

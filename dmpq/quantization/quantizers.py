@@ -55,7 +55,8 @@ def _round(
 ) -> torch.Tensor:
     grouped = weight.unflatten(-1, (scale.shape[-1], -1)) / scale.float()[..., None]
     shift = 2 ** (bits - 1) if zero is None else zero.float()[..., None]
-    return (grouped + shift).round().clamp(0, 2**bits - 1).flatten(-2).to(torch.uint8)
+    codes: torch.Tensor = (grouped + shift).round().clamp(0, 2**bits - 1)
+    return codes.flatten(-2).to(torch.uint8)
 
 
 def _rtn_range(

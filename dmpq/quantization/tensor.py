@@ -30,4 +30,5 @@ class QuantizedTensor:
         grouped = self.codes.float().unflatten(-1, (self.scale.shape[-1], -1))
         middle = 2 ** (self.format.bits - 1)
         zero = middle if self.zero is None else self.zero.float()[..., None]
-        return ((grouped - zero) * self.scale.float()[..., None]).flatten(-2).to(dtype)
+        weights: torch.Tensor = (grouped - zero) * self.scale.float()[..., None]
+        return weights.flatten(-2).to(dtype)

@@ -1,0 +1,131 @@
+"""``python -m dmpq.validate bitmap.json``: measure again what a bit map claims, and compare."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dmpq.config import SearchConfig
+from dmpq.console import quiet_libraries
+from dmpq.errors import InputError
+
+if TYPE_CHECKING:
+    from dmpq.bitmap import BitMap
+
+_RELATIVE_TOLERANCE: Final = 1e-3
+"""Matrix products round differently on another machine."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 where every claim holds, 1 where one does not, 2 on bad input."""
+    defaults = asdict(SearchConfig())
+    parser = argparse.ArgumentParser(
+        prog="python -m dmpq.validate",
+        description="Measure again what a bit map claims, and compare.",
+    )
+    parser.add_argument("bitmap", type=Path, help="a bit map written by dmpq.search")
+    parser.add_argument("--model", help="checkpoint (default: the one the map names)")
+    parser.add_argument("--hw", help="device or device file (default: the one the map names)")
+    parser.add_argument("--dataset", default=defaults["dataset"], help="as in the search")
+    parser.add_argument("--heldout-tokens", type=int, default=defaults["heldout_tokens"])
+    parser.add_argument("--threads", type=int, default=None)
+    arguments = parser.parse_args(argv)
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    from rich.console import Console
+
+    from dmpq.bitmap import BitMap
+
+    try:
+        bitmap = BitMap.read(arguments.bitmap)
+        quiet_libraries()
+        found = replay(bitmap, arguments)
+    except InputError as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False)
+        return 2
+    claimed = {**bitmap.metrics["predicted"], **bitmap.metrics["measured"]}
+    return _compare(claimed, found, Console(highlight=False))
+
+
+def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the metrics of a bit map, computed anew.
+
+    Args:
+        bitmap: The map.
+        arguments: The command's options.
+
+    Raises:
+        InputError: If the map was made for other weights, or cannot be evaluated.
+    """
+    import numpy as np
+    import torch
+
+    from dmpq.session import Session
+
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    workload = bitmap.workload
+    config = SearchConfig(
+        hw=arguments.hw or bitmap.hardware["name"],
+        model=arguments.model or bitmap.model["id"],
+        revision=bitmap.model["revision"],
+        dataset=arguments.dataset,
+        bits=",".join(bitmap.menu.keys),
+        quantizer=bitmap.menu.quantizer,
+        symmetric=bitmap.menu.symmetric,
+        phase=workload["phase"],
+        batch=workload["batch"],
+        context=workload["context"],
+        heldout_tokens=arguments.heldout_tokens,
+        profile_tokens=0,
+        search_tokens=0,
+        selection_tokens=0,
+    )
+    session = Session(config)
+    if session.moe.fingerprint != bitmap.model["fingerprint"]:
+        raise InputError(
+            f"The bit map was made for weights {bitmap.model['fingerprint'][:12]}..., "
+            f"{config.model} has {session.moe.fingerprint[:12]}...; give the right --model."
+        )
+    spec = session.moe.spec
+    assignment = bitmap.to_assignment(spec)[None]
+    heldout = session.evaluator("heldout").evaluate(assignment)
+    formats = assignment.reshape(spec.num_experts, -1)
+    per_projection = spec.stored_bits(bitmap.menu)
+    stored = np.take_along_axis(
+        per_projection, np.broadcast_to(formats, (spec.num_experts, 2))[:, :, None], axis=2
+    )
+    cost = session.hardware.cost(
+        session.cost_spec(spec), bitmap.menu, assignment, session.workload
+    )
+    return {
+        "effective_bits": float(stored.sum()) / spec.expert_parameters,
+        "memory": float(cost.memory_bytes[0]),
+        "heldout_kl": float(heldout.kl[0]),
+        "heldout_perplexity": float(heldout.perplexity[0]),
+    }
+
+
+def _compare(
+    claimed: Mapping[str, Mapping[str, Any]], found: Mapping[str, float], console: Any
+) -> int:
+    """Print claims beside what was found; 1 where one differs."""
+    wrong = 0
+    for name, value in found.items():
+        if name not in claimed:
+            continue
+        claim, unit = claimed[name]["value"], claimed[name]["unit"]
+        same = math.isclose(claim, value, rel_tol=_RELATIVE_TOLERANCE, abs_tol=1e-9)
+        wrong += not same
+        console.print(f"  {'ok   ' if same else 'WRONG'} {name:<20} {claim:.6g} {unit}", end="")
+        console.print("" if same else f", found {value:.6g}")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,13 +11,12 @@ from numpy.typing import NDArray
 
 from dmpq.errors import InputError
 from dmpq.evaluation import Evaluator
-from dmpq.objective import reward_terms
 from dmpq.problem import Problem, Scores
 
 if TYPE_CHECKING:
     from dmpq.agents.policy import Policy
 
-FINALISTS: Final = 8
+FINALISTS: Final = 16
 """Maps that are measured again on the selector's text."""
 
 OnCandidate = Callable[["Candidate"], None]
@@ -125,6 +124,7 @@ class Recorder:
         self._on_candidate = on_candidate
         self._seen: set[bytes] = set()
         self._history: list[Candidate] = []
+        self._nominated: list[bytes] = []
         self._tokens = 0.0
 
     @property
@@ -155,6 +155,15 @@ class Recorder:
             self._record(maps[i].copy(), scores, i)
         return scores
 
+    def nominate(self, assignment: NDArray[np.integer]) -> None:
+        """Let an evaluated map (D,) be a finalist whatever its score; the last ones count.
+
+        The best scores of a long search are lucky ones. What an agent believes in, such as the
+        mean of what it has learned, deserves a measurement on fresh text beside them.
+        """
+        key = np.asarray(assignment, np.int64).tobytes()
+        self._nominated = [*(other for other in self._nominated if other != key), key]
+
     def _record(self, assignment: NDArray[np.int64], scores: Scores, i: int) -> None:
         candidate = Candidate(
             assignment=assignment,
@@ -173,8 +182,9 @@ class Recorder:
     def result(self, *, policy: Policy | None = None) -> SearchResult:
         """Return the best feasible map ever seen; of equals, the first.
 
-        With a selector, the best few and the first map are measured on its text too, and the
-        reward at the mean of the two KLs decides.
+        With a selector, the first map, the nominated and the best are measured on its text, and
+        the reward there decides: the search has chosen its best on its own text, so that only
+        fresh text judges them fairly.
 
         Raises:
             InputError: If no map within the limits was evaluated.
@@ -189,7 +199,7 @@ class Recorder:
         best = ranked[0]
         selector = self._problem.selector
         if selector is not None:
-            best = self._select(ranked, selector, first=feasible[0])
+            best = self._select(self._finalists(ranked, feasible[0]), selector)
         scores = self._problem.evaluate(best.assignment[None])
         return SearchResult(
             assignment=best.assignment,
@@ -200,18 +210,17 @@ class Recorder:
             policy=policy,
         )
 
-    def _select(
-        self, ranked: list[Candidate], selector: Evaluator, *, first: Candidate
-    ) -> Candidate:
-        """Return the finalist of the best reward at the mean KL of both texts."""
-        problem = self._problem
-        finalists = ranked[:FINALISTS]
-        if first not in finalists:
-            finalists[FINALISTS - 1 :] = [first]
-        maps = np.array([candidate.assignment for candidate in finalists])
-        fresh = replace(problem, evaluator=selector, selector=None).evaluate(maps)
+    def _finalists(self, ranked: list[Candidate], first: Candidate) -> list[Candidate]:
+        by_key = {candidate.assignment.tobytes(): candidate for candidate in ranked}
+        nominated = [by_key[key] for key in self._nominated if key in by_key]
+        chosen = [first, *nominated[-FINALISTS // 2 :], *ranked]
+        distinct = {candidate.evaluation: candidate for candidate in chosen}
+        return list(distinct.values())[:FINALISTS]
+
+    def _select(self, finalists: list[Candidate], selector: Evaluator) -> Candidate:
+        """Return the finalist of the best reward on the selector's text; of equals, the first."""
+        fresh = replace(self._problem, evaluator=selector, selector=None).evaluate(
+            np.array([candidate.assignment for candidate in finalists])
+        )
         self._tokens += fresh.tokens
-        damage = (fresh.kl + np.array([candidate.kl for candidate in finalists])) / 2
-        terms = reward_terms(problem.weights, problem.baselines, damage, fresh.cost)
-        rewards = np.where(np.isfinite(damage), sum(terms.values()), -np.inf)
-        return finalists[int(rewards.argmax())]
+        return finalists[int(fresh.reward.argmax())]

@@ -108,6 +108,7 @@ class PPOAgent:
                     action, _ = policy.predict(observation, deterministic=True)
                     mean = problem.propose(agent.log_scale * action.astype(np.float64))
                     recorder.evaluate(mean[None])
+                    recorder.nominate(mean)
 
             def _on_step(self) -> bool:
                 return recorder.remaining > 0

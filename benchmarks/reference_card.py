@@ -2,9 +2,9 @@
 
     python benchmarks/reference_card.py --write
 
-The numbers come from the bundled checkpoint and the embedded text of this interpreter. The list
-of held-out modules with their hashes is written beside the card, so that another interpreter can
-tell that its text differs.
+``--write`` also measures the profile that is shipped beside the model, and lists the held-out
+modules with their hashes, so that another interpreter can tell that its text differs. The numbers
+come from the bundled checkpoint and the embedded text of this interpreter.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ import numpy as np
 import torch
 
 from dmpq.bank import Bank
+from dmpq.config import SearchConfig
 from dmpq.data import TokenRequest, load_splits
 from dmpq.embedded import fingerprint
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.moe import MoEModel, load_model, reference_path
 from dmpq.profile import Profile, reference_profile
+from dmpq.profiling import measure_profile
+from dmpq.session import Session
 
 HELDOUT_TOKENS = 131_072
+PROFILE_TOKENS = 16_384
 WIDTHS = (8, 4, 3, 2)
 
 
@@ -127,6 +131,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    folder = reference_path().parent
+    if arguments.write:
+        session = Session(SearchConfig(profile_tokens=PROFILE_TOKENS))
+        evaluator = session.evaluator("profile")
+        profile = measure_profile(evaluator, text=session.splits.source, projections=True)
+        profile.save(folder / "profile.safetensors")
     moe, tokenizer = load_model()
     request = TokenRequest(0, 0, 0, HELDOUT_TOKENS)
     length = moe.model.config.max_position_embeddings
@@ -134,7 +144,6 @@ def main() -> None:
     text = card(reference_profile(), moe, splits.heldout)
     print(text)
     if arguments.write:
-        folder = reference_path().parent
         (folder / "README.md").write_text(text, encoding="utf-8")
         hashes = json.dumps(fingerprint("heldout"), indent=2) + "\n"
         (folder / "heldout_modules.json").write_text(hashes, encoding="utf-8")

@@ -91,7 +91,7 @@ def _too_short(dataset: str, role: str, have: int, need: int, length: int) -> In
     return InputError(
         f"The text {dataset!r} is too short: its {role} part gives {have * length:,} tokens and "
         f"{need * length:,} are needed; give more text or ask for fewer tokens "
-        "(--profile-tokens, --search-tokens, --heldout-tokens)."
+        "(--profile-tokens, --search-tokens, --selection-tokens, --heldout-tokens)."
     )
 
 

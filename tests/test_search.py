@@ -177,7 +177,7 @@ def test_every_field_is_a_flag_of_the_same_name_and_default():
         (["--evaluations=0"], "--evaluations 0"),
         (["--weights=acc=x"], "acc"),
         (["--weights=speed=1"], "speed"),
-        (["--cost-geometry=olmo"], "did you mean"),
+        (["--cost-geometry=olmoe-1b-7"], "did you mean"),
         (["--model=nobody/nothing"], "hub has not delivered"),
         (["--dataset=nothing.txt"], "hub has not delivered"),
         (["--profile=nothing.safetensors"], "There is no profile"),

@@ -273,6 +273,11 @@ def load_model(
     Raises:
         InputError: If there is no such model, no network, no weights, or no experts.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"The device {device!r} cannot be used ({reason}); try 'cpu'.") from error
     source = str(reference_path()) if name == "reference" else name
     local = os.path.isdir(source)
     if local and not os.path.isfile(os.path.join(source, "config.json")):

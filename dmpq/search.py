@@ -106,6 +106,8 @@ def search(config: SearchConfig, console: Console) -> str:
     if config.threads is not None:
         import torch
 
+        if config.threads < 1:
+            raise InputError(f"--threads {config.threads} runs nothing; give 1 or more.")
         torch.set_num_threads(config.threads)
     agent = agents.make(config.agent)
     with progress_bars(console) as show:

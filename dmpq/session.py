@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
@@ -80,33 +80,38 @@ class Session:
         )
 
     @cached_property
-    def _loaded(self) -> tuple[MoEModel, Splits]:
-        from dmpq.data import TokenRequest, load_splits
+    def _loaded(self) -> tuple[MoEModel, Any]:
         from dmpq.moe import load_model
 
         c = self.config
-        moe, tokenizer = load_model(
+        return load_model(
             c.model,
             revision=c.revision,
             device=c.device,
             trust_remote_code=c.trust_remote_code,
         )
-        longest = getattr(moe.model.config.get_text_config(), "max_position_embeddings", None)
-        length = c.sequence_length or min(longest or _LONGEST_WINDOW, _LONGEST_WINDOW)
-        tokens = TokenRequest(
-            c.profile_tokens, c.search_tokens, c.selection_tokens, c.heldout_tokens
-        )
-        return moe, load_splits(c.dataset, tokenizer, length=length, tokens=tokens, seed=c.seed)
 
     @property
     def moe(self) -> MoEModel:
         """The model."""
         return self._loaded[0]
 
-    @property
+    @cached_property
     def splits(self) -> Splits:
         """The text, cut into disjoint roles."""
-        return self._loaded[1]
+        from dmpq.data import TokenRequest, load_splits
+
+        c, (moe, tokenizer) = self.config, self._loaded
+        limit = getattr(moe.model.config.get_text_config(), "max_position_embeddings", None)
+        length = c.sequence_length or min(limit or _LONGEST_WINDOW, _LONGEST_WINDOW)
+        if not 2 <= length <= (limit or length):
+            raise InputError(
+                f"--sequence-length {length} does not suit {c.model}; give 2 to {limit}."
+            )
+        tokens = TokenRequest(
+            c.profile_tokens, c.search_tokens, c.selection_tokens, c.heldout_tokens
+        )
+        return load_splits(c.dataset, tokenizer, length=length, tokens=tokens, seed=c.seed)
 
     @cached_property
     def bank(self) -> Bank:
@@ -192,18 +197,31 @@ class Session:
         )
 
     def check(self) -> None:
-        """Refuse what can be refused without running the model: names, weights and limits.
+        """Refuse what can be refused before any forward: names first, then limits.
 
         Raises:
-            InputError: If a name is unknown or a limit cannot be met.
+            InputError: If a name is unknown, a number makes no sense, or a limit cannot be met.
         """
-        Weights.parse(self.config.weights)
-        if self.config.evaluations < 1:
+        c = self.config
+        Weights.parse(c.weights)
+        _ = self.hardware, self.menu, self.workload, self.constraints
+        if c.geometry != "own":
+            load_geometry(c.geometry)
+        if c.evaluations < 1:
             raise InputError(
-                f"--evaluations {self.config.evaluations} leaves the agent nothing to ask; "
-                "give 1 or more."
+                f"--evaluations {c.evaluations} leaves the agent nothing to ask; give 1 or more."
             )
-        self.problem(_empty_profile(self.moe.spec, self.menu))
+        for name in ("profile_tokens", "search_tokens", "selection_tokens", "heldout_tokens"):
+            if getattr(c, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} {getattr(c, name)} leaves no text; give 1 or more.")
+        if c.seed < 0:
+            raise InputError(f"--seed {c.seed} is negative; give 0 or more.")
+        if c.profile is None:
+            self.problem(_empty_profile(self.moe.spec, self.menu))
+        else:
+            self.problem(self._saved_profile(Path(c.profile)))
+        _ = self.splits
 
 
 def _empty_profile(spec: ModelSpec, menu: Menu) -> Profile:

@@ -40,6 +40,9 @@ class PPOAgent:
         std_decay: Factor on ``std`` after every update.
         samples: Samples per update; even.
         epochs: Passes over the samples per update.
+        clip_range: How far PPO lets the likelihood ratio of a sample move in one update. The ratio
+            of a Gaussian over all decisions moves much faster than that of a single action, so
+            that the usual 0.2 would all but freeze the mean.
         hidden: Width of the two hidden layers.
         embedding: Size of the embedding that each decision learns; 0 leaves features alone, which
             is what a policy for other models should be trained with.
@@ -49,10 +52,11 @@ class PPOAgent:
     name: ClassVar[str] = "ppo"
 
     learning_rate: float = 3e-3
-    std: float = 0.5
+    std: float = 0.25
     std_decay: float = 0.985
     samples: int = 16
     epochs: int = 10
+    clip_range: float = 1.0
     hidden: int = 64
     embedding: int = 8
     log_scale: float = 3.0
@@ -60,7 +64,7 @@ class PPOAgent:
     def __post_init__(self) -> None:
         if self.samples < 2 or self.samples % 2:
             raise InputError(f"samples is {self.samples}; choose an even number, 2 or more.")
-        for name in ("std", "std_decay", "log_scale", "epochs", "hidden"):
+        for name in ("std", "std_decay", "log_scale", "epochs", "hidden", "clip_range"):
             if not 0 < getattr(self, name) < np.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
         for name in ("learning_rate", "embedding"):
@@ -127,6 +131,7 @@ class PPOAgent:
                 n_steps=self.samples,
                 batch_size=self.samples,
                 n_epochs=self.epochs,
+                clip_range=self.clip_range,
                 gamma=0.0,
                 seed=seed,
                 device="cpu",

@@ -25,6 +25,7 @@ from dmpq.replay import Recording, Replayer
 from dmpq.spec import ModelSpec
 
 BATCH_TOKENS: Final = 4096
+PREFIX_MEMORY: Final = 4 * 2**30
 FAILURE_NATS: Final = 100.0
 """KL and NLL of a map whose logits are not finite: finite, and worse than any working map."""
 
@@ -39,7 +40,7 @@ class _Batch:
     ids: torch.Tensor
     log_probabilities: torch.Tensor
     selected: tuple[torch.Tensor, ...]
-    recording: Recording
+    recording: Recording | None
 
 
 class ModelEvaluator:
@@ -56,6 +57,7 @@ class ModelEvaluator:
         label: Names the text in the journal.
         journal: Where answers are kept and looked up.
         batch_tokens: Tokens per forward.
+        prefix_memory: Bytes that recorded prefixes may take; beyond, every forward is whole.
     """
 
     name = "model"
@@ -68,6 +70,7 @@ class ModelEvaluator:
         label: str,
         journal: JsonLines | None = None,
         batch_tokens: int = BATCH_TOKENS,
+        prefix_memory: float = PREFIX_MEMORY,
     ) -> None:
         if not len(windows):
             raise InputError(f"The {label} text is empty; give it at least one window of tokens.")
@@ -76,6 +79,7 @@ class ModelEvaluator:
         self._rows = max(1, batch_tokens // windows.shape[1])
         device = bank.moe.model.device
         self.id_batches = torch.from_numpy(windows).to(device).split(self._rows)
+        self._prefix_memory = prefix_memory
         self._journal = journal
         self._text = _text_key(bank, windows, label)
         self._known = _read_journal(journal, self._text)
@@ -111,10 +115,16 @@ class ModelEvaluator:
                 selected.clear()
                 with replayer.record() as recording:
                     logits = self.bank.moe.logits(ids)
+                kept = recording if self._keeps(recording) else None
                 batches.append(
-                    _Batch(ids, functional.log_softmax(logits, -1), tuple(selected), recording)
+                    _Batch(ids, functional.log_softmax(logits, -1), tuple(selected), kept)
                 )
         return batches
+
+    def _keeps(self, recording: Recording) -> bool:
+        """Return whether recordings of all batches are exact and fit."""
+        fits = recording.memory_bytes * len(self.id_batches) <= self._prefix_memory
+        return self._replayer.exact and fits
 
     @contextmanager
     def _own_forward(self) -> Iterator[list[torch.Tensor]]:
@@ -226,7 +236,7 @@ class ModelEvaluator:
         return float(kl), float(nll), float(shift)
 
     def _measure_batch(self, batch: _Batch, first: int) -> tuple[float, float, float]:
-        if self._replayer.exact:
+        if batch.recording is not None:
             with self._replayer.resume(batch.recording, first):
                 logits = self.bank.moe.logits(batch.ids)
             changed = self.bank.layers[first:]
@@ -249,7 +259,7 @@ class ModelEvaluator:
 
     def _resume_share(self, first: int) -> float:
         shares = _resume_shares(self.bank.moe.spec)
-        return shares[first] if self._replayer.exact else 1.0
+        return shares[first] if self._batches[0].recording is not None else 1.0
 
 
 def _taken(selected: torch.Tensor | None) -> torch.Tensor:

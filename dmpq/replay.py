@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Recording:
     """The outputs of one forward pass, by module path."""
 
     outputs: dict[str, Any]
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the recorded tensors take."""
+        leaves, _ = tree_flatten(list(self.outputs.values()))
+        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
 
 class Replayer:

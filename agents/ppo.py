@@ -122,7 +122,7 @@ class PPOAgent:
             problem=problem, score=recorder.evaluate, log_scale=self.log_scale
         )
         observation, _ = env.reset()
-        # What the search draws leaves the caller's generator alone.
+        # What the search draws leaves torch's generator alone; SB3 seeds NumPy's and Python's.
         with th.random.fork_rng(devices=[]):
             model = PPO(
                 ImportancePolicy,

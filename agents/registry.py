@@ -40,7 +40,7 @@ def make(name: str, **options: Any) -> Agent:
     module_name, _, class_name = _AGENTS.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except Exception as error:  # a user's module may raise anything
         raise InputError(
             f"The agent {name!r} cannot be imported ({error}); write module:Class, with the "
             "module on the Python path."

@@ -31,7 +31,6 @@ from dmpq.profiling import measure_profile
 from dmpq.session import Session
 
 HELDOUT_TOKENS = 131_072
-PROFILE_TOKENS = 16_384
 WIDTHS = (8, 4, 3, 2)
 
 
@@ -133,7 +132,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder = reference_path().parent
     if arguments.write:
-        session = Session(SearchConfig(profile_tokens=PROFILE_TOKENS))
+        session = Session(
+            SearchConfig()
+        )  # the profile text of a default run: its search text is apart
         evaluator = session.evaluator("profile")
         profile = measure_profile(evaluator, text=session.splits.source, projections=True)
         profile.save(folder / "profile.safetensors")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq import embedded
-from dmpq.errors import InputError
+from dmpq.errors import InputError, did_you_mean, first_line
 
 Windows = NDArray[np.int64]
 
@@ -113,11 +113,11 @@ def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> Windows:
 def _read(dataset: str) -> tuple[list[str], list[str], str]:
     """Return calibration texts, held-out texts, and what they are."""
     if dataset == "embedded":
-        calibration, heldout = (
-            [document.text for document in embedded.side_documents(side)]
-            for side in ("calibration", "heldout")
-        )
-        return calibration, heldout, "embedded (the standard library's code and docstrings)"
+        # Docstrings stand in the code as well: as prose of their own they would let one passage
+        # serve two calibration roles.
+        code = [d.text for d in embedded.side_documents("calibration") if d.kind == "code"]
+        heldout = [d.text for d in embedded.side_documents("heldout")]
+        return code, heldout, "embedded (the standard library's code and docstrings)"
     path = Path(dataset)
     if path.exists():
         texts = _read_local(path)
@@ -151,7 +151,10 @@ def _read_local(path: Path) -> list[str]:
 
 def _read_file(file: Path) -> list[str]:
     if file.suffix == ".txt":
-        return [file.read_text(encoding="utf-8", errors="replace")]
+        try:
+            return [file.read_text(encoding="utf-8", errors="replace")]
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error.strerror}).") from error
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -159,7 +162,12 @@ def _read_file(file: Path) -> list[str]:
         table = load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
     except (DatasetGenerationError, OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read as {file.suffix[1:]}: {error}.") from error
-    return list(table[_text_column(table.column_names, str(file))])
+    return _texts(table[_text_column(table.column_names, str(file))])
+
+
+def _texts(rows: Iterable[Any]) -> list[str]:
+    """Return the rows that hold text."""
+    return [row for row in rows if isinstance(row, str)]
 
 
 def _text_column(columns: list[str], where: str) -> str:
@@ -179,16 +187,16 @@ def _read_hub(dataset: str) -> tuple[list[str], list[str], str]:
     try:
         splits = load_dataset(name, configuration or None)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        hint = did_you_mean(dataset, ["embedded"])
         raise InputError(
-            f"There is no file {dataset!r}, and the hub has not delivered a data set of that name "
-            f"({reason}); give 'embedded', a local file or folder, or a hub name with a network "
-            "at hand."
+            f"There is no file {dataset!r}{hint}, and the hub has not delivered a data set of "
+            f"that name ({first_line(error)}); give 'embedded', a local file or folder, or a hub "
+            "name with a network at hand."
         ) from error
     columns = next(iter(splits.values())).column_names
     column = _text_column(columns, dataset)
     apart = next((s for s in ("test", "validation") if s in splits), None)
     main = next((s for s in ("train", "validation") if s in splits and s != apart), None)
     if apart is not None and main is not None:
-        return list(splits[main][column]), list(splits[apart][column]), f"{dataset} ({apart})"
-    return *_cut(list(splits[apart or main][column])), f"{dataset} (last fifth held out)"
+        return _texts(splits[main][column]), _texts(splits[apart][column]), f"{dataset} ({apart})"
+    return *_cut(_texts(splits[apart or main][column])), f"{dataset} (last fifth held out)"

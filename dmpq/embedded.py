@@ -11,11 +11,13 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import Final, Literal
 
@@ -107,6 +109,18 @@ def side_documents(side: Side) -> tuple[Document, ...]:
     if side_of("pydoc_data") == side:
         found.extend(_pydoc_topics())
     return tuple(found)
+
+
+def differs_from_card() -> tuple[int, int]:
+    """Return how many held-out modules differ from those of the reference model's card, of all.
+
+    The card's figures belong to one interpreter; another one's library has other text.
+    """
+    file = resources.files("dmpq.reference") / "heldout_modules.json"
+    card: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    here = fingerprint("heldout")
+    names = card.keys() | here.keys()
+    return sum(card.get(name) != here.get(name) for name in names), len(names)
 
 
 def fingerprint(side: Side) -> dict[str, str]:

@@ -19,6 +19,12 @@ def did_you_mean(value: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without its full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
 def unknown(what: str, value: str, allowed: Iterable[str], remedy: str = "") -> InputError:
     """Return the error for a name that is not on the list.
 

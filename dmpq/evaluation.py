@@ -88,4 +88,5 @@ class SurrogateEvaluator:
                 kl = profile.sensitivity[experts[:, None], both].mean(2).sum(1)
             else:
                 kl = profile.projection_sensitivity[experts[:, None], [0, 1], both].sum((1, 2))
+        kl = kl + profile.uniform_kl[-1]  # what sensitivities are measured above
         return Evaluations(kl, profile.full_nll + kl, np.full(len(maps), np.nan), 0.0)

@@ -55,10 +55,15 @@ class JsonLines:
         self._file.flush()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the objects written so far."""
-        with self.path.open(encoding="utf-8") as file:
+        """Yield the objects written so far; a damaged line is passed over."""
+        with self.path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
-                yield json.loads(line)
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                if isinstance(record, dict):
+                    yield record
 
     def close(self) -> None:
         """Close the file; safe to call twice."""

@@ -270,7 +270,7 @@ def _taken(selected: torch.Tensor | None) -> torch.Tensor:
 def _text_key(bank: Bank, windows: Windows, label: str) -> str:
     """Name a text in the journal, by all that its answers depend on."""
     digest = hashlib.sha256(bank.moe.fingerprint.encode())
-    digest.update(f"{bank.menu}{windows.shape}".encode())
+    digest.update(f"{bank.menu}{windows.shape}{torch.get_num_threads()}".encode())
     digest.update(np.ascontiguousarray(windows).tobytes())
     return f"{label}:{digest.hexdigest()[:16]}"
 
@@ -278,8 +278,12 @@ def _text_key(bank: Bank, windows: Windows, label: str) -> str:
 def _read_journal(journal: JsonLines | None, text: str) -> dict[str, tuple[float, float, float]]:
     if journal is None:
         return {}
-    records = (r for r in journal if r.get("text") == text)
-    return {r["map"]: tuple(r["values"]) for r in records}
+    answers: dict[str, tuple[float, float, float]] = {}
+    for record in journal:
+        match record:
+            case {"text": str(of), "map": str(key), "values": [kl, nll, shift]} if of == text:
+                answers[key] = (float(kl), float(nll), float(shift))
+    return answers
 
 
 def _forward_costs(spec: ModelSpec) -> tuple[list[int], list[int], int]:

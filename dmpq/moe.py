@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from dmpq.errors import InputError
+from dmpq.errors import InputError, did_you_mean, first_line
 from dmpq.spec import ModelSpec, MoELayer
 
 IMPLEMENTATION: Final = "dmpq"
@@ -276,8 +276,9 @@ def load_model(
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"The device {device!r} cannot be used ({reason}); try 'cpu'.") from error
+        raise InputError(
+            f"The device {device!r} cannot be used ({first_line(error)}); try 'cpu'."
+        ) from error
     source = str(reference_path()) if name == "reference" else name
     local = os.path.isdir(source)
     if local and not os.path.isfile(os.path.join(source, "config.json")):
@@ -293,20 +294,27 @@ def load_model(
     dtype: Any = torch.float32 if device == "cpu" else "auto"
     try:
         AutoConfig.from_pretrained(source, **options)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **options
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged checkpoint raises whatever its reader raises
         raise _load_error(name, local, error) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(
+            f"The checkpoint {name} lacks {len(missing)} of its weights, among them {missing[0]}; "
+            "complete it, or they would be random."
+        )
     return MoEModel(model.to(device), name=name, revision=revision), tokenizer
 
 
 def _load_error(name: str, local: bool, error: Exception) -> InputError:
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    reason = first_line(error)
     if local:
         return InputError(f"The checkpoint in {name} cannot be read: {reason}.")
+    hint = did_you_mean(name, ["reference"])
     return InputError(
-        f"There is no folder {name!r}, and the hub has not delivered a model of that name "
+        f"There is no folder {name!r}{hint}, and the hub has not delivered a model of that name "
         f"({reason}); give 'reference', a local folder, or a hub id with a network at hand."
     )

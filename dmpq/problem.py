@@ -287,13 +287,15 @@ class Problem:
         sizes, limits = [], []
         if self.constraints.avg_bits is not None:
             sizes.append(self.sizes)
-            limits.append(math.floor(self.constraints.avg_bits * self.num_weights))
+            bits = self.constraints.avg_bits * self.num_weights
+            limits.append(math.floor(min(bits, self.sizes.max(1).sum())))
         if self.constraints.memory_bytes is not None:
             fixed = float(self._uniform_costs.memory_bytes[0])
             fixed -= float(self._cost_sizes[:, 0].sum()) / _BITS_PER_BYTE
             left = (self.constraints.memory_bytes - fixed) * _BITS_PER_BYTE
             sizes.append(self._cost_sizes)
-            limits.append(math.floor(left + ROUNDING * abs(left)))
+            bits = left + ROUNDING * abs(left)
+            limits.append(math.floor(min(bits, self._cost_sizes.max(1).sum())))
         shape = (len(sizes), *self.sizes.shape)
         return np.array(sizes, np.int64).reshape(shape), np.array(limits, np.int64)
 
@@ -306,7 +308,7 @@ class Problem:
         for name, limit in self.constraints.given().items():
             if name == "avg_bits":
                 stored = self._stored(self.sizes[None], assignments)[0]
-                within &= stored <= math.floor(limit * self.num_weights)
+                within &= stored <= limit * self.num_weights
             else:
                 within &= getattr(cost, name) <= limit * (1 + ROUNDING)
         return within

@@ -44,7 +44,8 @@ class Profile:
         contribution: (N,), mean absolute gradient of the loss (nats per token) with respect to
             an entry of the expert's output, over the tokens that select it.
         sensitivity: (N, B), KL to the full-precision logits when only this expert is in this
-            format, nats per token.
+            format, nats per token; on a menu without 16 bits, what the change adds to the KL of
+            the widest uniform map.
         projection_sensitivity: (N, 2, B), the same for gate+up and for down alone; or None.
         output_error: (N, B), squared error of the expert's routed output, averaged over all
             calibration tokens.
@@ -111,8 +112,8 @@ class Profile:
         """Return AM/GM of the experts' squared output errors at the narrowest width.
 
         The gain that an ideal allocation can bring over a uniform one at high resolution
-        (coding gain): within the layers (mean of their ratios), and over all experts with the
-        gradient-weighted error. Values near 1 leave nothing to win.
+        (coding gain): within the layers by squared output error (mean of their ratios), and over
+        all experts by sensitivity. Values near 1 leave nothing to win.
         """
         hit = self.hits > 0
         layers = self.spec.layer_of_expert
@@ -150,7 +151,9 @@ class Profile:
         from safetensors import SafetensorError, safe_open
 
         if not os.path.isfile(path):
-            raise InputError(f"There is no profile at {path}; measure one with --save-profile.")
+            raise InputError(
+                f"There is no profile at {path}; dmpq.search without --profile writes one."
+            )
         try:
             with safe_open(path, framework="numpy") as handle:
                 header: dict[str, Any] = json.loads(handle.metadata()["dmpq"])
@@ -169,9 +172,10 @@ class Profile:
                 **{name: header[name] for name in _SCALARS},
                 **arrays,
             )
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
             raise InputError(
-                f"{path} is not a dmpq profile ({error}); measure one with --save-profile."
+                f"{path} is not a dmpq profile ({error}); dmpq.search without --profile "
+                "writes one."
             ) from error
 
     def _arrays(self) -> dict[str, NDArray[Any]]:

@@ -132,14 +132,15 @@ def _widest(evaluator: ModelEvaluator) -> NDArray[np.int64]:
 def _sensitivities(
     evaluator: ModelEvaluator, base: NDArray[np.int64], sides: list[int], counter: _Counter
 ) -> NDArray[np.float64]:
-    """Return the KL of each map that differs from ``base`` in one expert, (N, B)."""
+    """Return the KL that each change of one expert adds to that of ``base``, (N, B)."""
     experts, formats = len(base), len(evaluator.bank.menu)
+    floor = evaluator.evaluate(base.reshape(1, -1)).kl[0]
     result = np.zeros((experts, formats))
     for expert in range(experts):
         for fmt in range(formats):
             changed = base.copy()
             changed[expert, sides] = fmt
-            result[expert, fmt] = evaluator.evaluate(changed.reshape(1, -1)).kl[0]
+            result[expert, fmt] = evaluator.evaluate(changed.reshape(1, -1)).kl[0] - floor
             counter()
     return result
 

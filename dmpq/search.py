@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,6 +21,7 @@ import numpy as np
 import dmpq
 from dmpq.config import SearchConfig, add_options, from_arguments
 from dmpq.console import progress_bars, quiet_libraries
+from dmpq.embedded import differs_from_card
 from dmpq.errors import InputError
 from dmpq.files import JsonLines, replace_atomically
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dmpq.agents import Agent, Candidate, SearchResult
+    from dmpq.bitmap import BitMap
     from dmpq.problem import Problem
     from dmpq.report import Row
     from dmpq.session import Session
@@ -52,6 +55,7 @@ class _Run:
     console: Console
     started: float = field(default_factory=time.monotonic)
     best: Candidate | None = None
+    seen: int = 0
 
     @property
     def config(self) -> SearchConfig:
@@ -81,6 +85,11 @@ def main(argv: list[str] | None = None) -> int:
         summary = search(from_arguments(arguments), console)
     except InputError as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False)
+        return 2
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        message = f"error: {error.strerror}{where}; what was measured is in the journal."
+        Console(stderr=True, highlight=False).print(message, markup=False)
         return 2
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from here.")
@@ -124,17 +133,20 @@ def search(config: SearchConfig, console: Console) -> str:
                 evaluator=session.evaluator("search"),
                 selector=session.evaluator("selection"),
             )
-            result = _searched(run, problem)
-            rows = _rows(run, problem, result)
+            try:
+                result = _searched(run, problem)
+                rows = _rows(run, problem, result)
+            except KeyboardInterrupt:
+                _keep_best(run, problem)
+                raise
         finally:
             session.journal.close()
     return _finish(run, problem, result, rows)
 
 
 def _searched(run: _Run, problem: Problem) -> SearchResult:
-    """Run the agent; the best map so far is on disk after every evaluation that found one."""
-    config, show = run.config, run.session.progress
-    partial = run.path("history.partial.jsonl")
+    """Run the agent, and write every candidate into the history."""
+    config, partial = run.config, run.path("history.partial.jsonl")
     with partial.open("w", encoding="utf-8") as history:
 
         def on_candidate(candidate: Candidate) -> None:
@@ -148,32 +160,36 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
                 "assignment": [problem.menu.keys[i] for i in candidate.assignment],
             }
             history.write(json.dumps(line) + "\n")
-            if run.best is None or candidate.reward > run.best.reward:
+            history.flush()
+            run.seen = candidate.evaluation
+            if candidate.feasible and (run.best is None or candidate.reward > run.best.reward):
                 run.best = candidate
-                _write_bitmap(
-                    run,
-                    problem,
-                    candidate.assignment,
-                    evaluations=candidate.evaluation,
-                    tokens=problem.profile.cost_tokens + problem.evaluator.tokens_spent,
-                )
-            show(f"searching, best KL {run.best.kl:.5f}", candidate.evaluation, config.evaluations)
+            best = math.nan if run.best is None else run.best.kl
+            stage = f"searching, best KL {best:.5f}"
+            run.session.progress(stage, candidate.evaluation, config.evaluations)
 
-        try:
-            result = run.agent.search(
-                problem,
-                evaluations=config.evaluations,
-                seed=config.seed,
-                on_candidate=on_candidate,
-            )
-        except KeyboardInterrupt:
-            if run.best is not None:
-                run.console.print(
-                    f"The best map so far (KL {run.best.kl:.5f}) is in {run.path('bitmap.json')}."
-                )
-            raise
+        result = run.agent.search(
+            problem,
+            evaluations=config.evaluations,
+            seed=config.seed,
+            on_candidate=on_candidate,
+        )
     os.replace(partial, run.path("history.jsonl"))
     return result
+
+
+def _keep_best(run: _Run, problem: Problem) -> None:
+    """Write the best map of an interrupted run, unless an earlier one got further."""
+    from dmpq.bitmap import BitMap
+
+    if run.best is None:
+        return
+    path = run.path("bitmap.partial.json")
+    if not path.exists() or BitMap.read(path).search["evaluations"] <= run.seen:
+        tokens = problem.profile.cost_tokens + problem.evaluator.tokens_spent
+        bitmap = _bitmap(run, problem, run.best.assignment, evaluations=run.seen, tokens=tokens)
+        bitmap.write(path)
+    run.console.print(f"The best map so far (KL {run.best.kl:.5f}) is in {path}.", soft_wrap=True)
 
 
 def _folder(config: SearchConfig) -> Path:
@@ -183,45 +199,65 @@ def _folder(config: SearchConfig) -> Path:
     mark = folder / "config.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if mark.is_file():
-            owner = json.loads(mark.read_text(encoding="utf-8")).get("digest")
-            if owner != config.digest():
-                raise InputError(
-                    f"{folder} holds the run of another configuration ({owner}); nothing was "
-                    "written. Give another --out, or remove the folder."
-                )
-        else:
+        owner = _owner(mark)
+        if owner is None:
             described = {"digest": config.digest(), **asdict(config)}
             replace_atomically(mark, (json.dumps(described, indent=2) + "\n").encode())
-            mark.touch()
-        if not os.access(folder, os.W_OK):
+        elif not os.access(folder, os.W_OK):
             raise PermissionError(13, "Permission denied")
-    except (OSError, json.JSONDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "its config.json is damaged"
+    except OSError as error:
         raise InputError(
-            f"The output folder {folder} cannot be used ({reason}); give another with --out."
+            f"The output folder {folder} cannot be used ({error.strerror}); give another with "
+            "--out."
         ) from error
+    if owner not in (None, config.digest()):
+        raise InputError(
+            f"{folder} holds the run of another configuration ({owner}); nothing was written. "
+            "Give another --out, or remove the folder."
+        )
     return folder
+
+
+def _owner(mark: Path) -> str | None:
+    """Return the digest of the configuration that a folder belongs to; ``None`` where to none."""
+    if not mark.is_file():
+        return None
+    try:
+        match json.loads(mark.read_text(encoding="utf-8")):
+            case {"digest": str(digest)}:
+                return digest
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        pass
+    return "damaged config.json"
 
 
 def _introduce(run: _Run) -> None:
     """Say what is searched, on what, and for what the costs are computed."""
+    from rich.table import Table
+
     session = run.session
     spec, hardware = session.moe.spec, session.hardware
-    layers = len(spec.moe_layers)
     lines = {
-        "model": f"{spec.name} ({spec.model_type}, {layers} MoE layers, {spec.num_experts} "
-        f"experts, {spec.expert_parameters / 1e6:.2f} M expert parameters)",
+        "model": f"{spec.name} ({spec.model_type}, {spec.num_experts} experts in "
+        f"{len(spec.moe_layers)} layers, {spec.expert_parameters / 1e6:.2f} M expert weights)",
         "hardware": f"{hardware.device} (stack {hardware.stack}, "
         f"{'calibrated' if hardware.calibrated else 'not calibrated'})",
         "costs": _cost_caption(session),
         "text": session.splits.source,
         "output": str(run.folder),
     }
+    facts = Table.grid(padding=(0, 2), pad_edge=True)
+    facts.add_column(style="dim")
     for name, value in lines.items():
-        run.console.print(f"  [dim]{name:<10}[/dim] {value}")
+        facts.add_row(name, value)
     for note in hardware.unsupported(session.menu):
-        run.console.print(f"  [dim]{'note':<10}[/dim] {note}")
+        facts.add_row("note", note)
+    if session.config.dataset == "embedded":
+        changed, modules = differs_from_card()
+        if changed:
+            text = f"{changed} of {modules} held-out modules differ from the reference card's"
+            facts.add_row("note", text)
+    run.console.print(facts)
 
 
 def _cost_caption(session: Session) -> str:
@@ -269,7 +305,7 @@ def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
     return rows
 
 
-def _write_bitmap(
+def _bitmap(
     run: _Run,
     problem: Problem,
     assignment: NDArray[np.int64],
@@ -277,14 +313,14 @@ def _write_bitmap(
     evaluations: int,
     tokens: float,
     heldout: Row | None = None,
-) -> None:
-    """Write ``bitmap.json``; nothing in it depends on when or where it was made."""
+) -> BitMap:
+    """Return a map's document; nothing in it depends on when or where it was made."""
     from dmpq.bitmap import BitMap, assignment_from
 
     config, moe = run.config, run.session.moe
     cost = problem.costs(assignment[None])
     measured = {} if heldout is None else _measured(heldout)
-    bitmap = BitMap(
+    return BitMap(
         model={
             "id": config.model,
             "revision": config.revision,
@@ -301,7 +337,7 @@ def _write_bitmap(
             "stack": problem.hardware.stack,
             "calibrated": problem.hardware.calibrated,
             "source": problem.hardware.source,
-            "cost_geometry": problem.cost_spec.name,
+            "cost_geometry": config.geometry,
         },
         workload=asdict(problem.workload),
         serve=problem.serve,
@@ -323,7 +359,6 @@ def _write_bitmap(
         versions=_versions(),
         git_revision=_git_revision(),
     )
-    bitmap.write(run.path("bitmap.json"))
 
 
 def _quantity(values: NDArray[np.float64], unit: str) -> dict[str, float | str]:
@@ -342,7 +377,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
     from dmpq import report
 
     config, session, row = run.config, run.session, rows[-1]
-    _write_bitmap(
+    bitmap = _bitmap(
         run,
         problem,
         result.assignment,
@@ -350,6 +385,8 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         tokens=problem.profile.cost_tokens + result.tokens,
         heldout=row,
     )
+    bitmap.write(run.path("bitmap.json"))
+    run.path("bitmap.partial.json").unlink(missing_ok=True)
     if result.policy is not None:
         result.policy.save(run.path("policy"))
     named = {"mckp": problem.mckp(), row.name: result.assignment}
@@ -373,11 +410,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),
-        "tokens": {
-            "profile": profile.cost_tokens,
-            "search": problem.evaluator.tokens_spent,
-            "selection": 0.0 if problem.selector is None else problem.selector.tokens_spent,
-        },
+        "tokens": {"profile": profile.cost_tokens, "search": result.tokens},
         "seconds": time.monotonic() - run.started,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -79,6 +79,17 @@ class Session:
             energy_j=c.energy_j,
         )
 
+    @property
+    def _certain_constraints(self) -> Constraints:
+        """The limits that can be checked before the routing is known.
+
+        A single token selects ``top_k`` experts whatever the routing; of more tokens, time and
+        energy depend on how many distinct experts they select.
+        """
+        if self.workload.tokens == 1:
+            return self.constraints
+        return replace(self.constraints, latency_s=None, energy_j=None)
+
     @cached_property
     def _loaded(self) -> tuple[MoEModel, Any]:
         from dmpq.moe import load_model
@@ -103,7 +114,9 @@ class Session:
 
         c, (moe, tokenizer) = self.config, self._loaded
         limit = getattr(moe.model.config.get_text_config(), "max_position_embeddings", None)
-        length = c.sequence_length or min(limit or _LONGEST_WINDOW, _LONGEST_WINDOW)
+        length = c.sequence_length
+        if length is None:
+            length = min(limit or _LONGEST_WINDOW, _LONGEST_WINDOW)
         if not 2 <= length <= (limit or length):
             raise InputError(
                 f"--sequence-length {length} does not suit {c.model}; give 2 to {limit}."
@@ -190,7 +203,7 @@ class Session:
             cost_spec=self.cost_spec(profile.spec),
             workload=self.workload,
             weights=Weights.parse(c.weights),
-            constraints=self.constraints,
+            constraints=self.constraints if profile.tokens else self._certain_constraints,
             serve=c.serve,  # type: ignore[arg-type]
             **({} if evaluator is None else {"evaluator": evaluator}),
             selector=selector,

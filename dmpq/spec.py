@@ -327,11 +327,17 @@ def load_geometry(name_or_path: str) -> ModelSpec:
         raise unknown("geometry", name_or_path, GEOMETRIES, "Or give the path of a config.json.")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); give a model's config.json.") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} holds no JSON object; give a model's config.json.")
-    return ModelSpec.from_config(config, name=path.parent.name or path.stem)
+    try:
+        return ModelSpec.from_config(config, name=path.parent.name or path.stem)
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path} describes no geometry ({type(error).__name__}: {error}); give the "
+            "config.json of an MoE model."
+        ) from error
 
 
 def _first(config: Mapping[str, Any], keys: Sequence[str], name: str) -> int:

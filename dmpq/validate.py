@@ -1,4 +1,8 @@
-"""``python -m dmpq.validate bitmap.json``: measure again what a bit map claims, and compare."""
+"""``python -m dmpq.validate bitmap.json``: measure again what a bit map claims, and compare.
+
+Bits, memory and held-out quality are replayed. Latency and energy also depend on the routing that
+the search had profiled, which a bit map does not hold; they are not.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
 
     from dmpq.session import Session
 
-    if arguments.threads is not None:
+    if arguments.threads is not None and arguments.threads > 0:
         torch.set_num_threads(arguments.threads)
     workload = bitmap.workload
     config = SearchConfig(
@@ -78,6 +82,7 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         bits=",".join(bitmap.menu.keys),
         quantizer=bitmap.menu.quantizer,
         symmetric=bitmap.menu.symmetric,
+        cost_geometry=bitmap.hardware["cost_geometry"],
         phase=workload["phase"],
         batch=workload["batch"],
         context=workload["context"],

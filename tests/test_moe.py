@@ -1,6 +1,9 @@
+import shutil
+
 import pytest
 import torch
 from conftest import FAMILIES, build
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dmpq.errors import InputError
@@ -81,6 +84,28 @@ def test_a_folder_with_pickled_weights_only_is_refused(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match="cannot be read"):
         load_model(str(tmp_path))
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    from dmpq.moe import reference_path
+
+    shutil.copytree(reference_path(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.experts.3.down_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks|cannot be read"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    from dmpq.moe import reference_path
+
+    shutil.copytree(reference_path(), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_model(str(tmp_path / "model"))
 
 
 def test_a_hub_id_without_network_is_refused():

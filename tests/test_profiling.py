@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from dmpq.bank import Bank
+from dmpq.evaluation import SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.profiling import measure_profile
@@ -48,6 +49,16 @@ def test_sensitivity_is_the_kl_with_one_expert_changed(measured):
     assert evaluator.evaluate(changed).kl[0] == profile.sensitivity[5, 0]
     assert (profile.sensitivity[:, 2] == 0).all()
     assert (profile.sensitivity[:, 0] > profile.sensitivity[:, 1])[profile.hits > 0].all()
+
+
+def test_without_full_precision_the_widest_map_is_the_floor(tiny, token_ids):
+    evaluator = ModelEvaluator(
+        Bank(tiny(), Menu.parse("2g16,4g16")), token_ids.numpy(), label="narrow"
+    )
+    profile = measure_profile(evaluator, text="random")
+    assert profile.sensitivity[:, 1].tolist() == [0.0] * 16
+    widest = np.full((1, 16), 1)
+    assert SurrogateEvaluator(profile).evaluate(widest).kl[0] == evaluator.evaluate(widest).kl[0]
 
 
 def test_projection_sensitivity_changes_one_projection(measured):

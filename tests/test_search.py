@@ -120,7 +120,8 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path):
     output, _ = process.communicate()
     if process.returncode == 130:  # else it was quicker than the signal
         assert "best map so far" in output
-        assert BitMap.read(out / "bitmap.json")
+        assert BitMap.read(out / "bitmap.partial.json")
+        assert not (out / "bitmap.json").exists()
     journal = (out / "journal.jsonl").read_text()
     resumed = run(*QUICK, f"--out={out}")
     assert resumed.returncode == 0, resumed.stderr
@@ -142,6 +143,23 @@ def test_a_journal_with_a_torn_line_resumes(finished, tmp_path):
 def test_json_goes_to_standard_output_alone(finished, capsys):
     assert main([*QUICK, f"--out={finished}", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ROWS
+
+
+def test_an_agent_of_the_user_s_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from dmpq.agents import Recorder\n"
+        "class Narrow:\n"
+        "    name = 'narrow'\n"
+        "    def search(self, problem, *, evaluations, seed, on_candidate=None):\n"
+        "        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)\n"
+        "        recorder.evaluate(problem.uniform('2')[None])\n"
+        "        return recorder.result()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main([*QUICK, "--agent=mine:Narrow", f"--out={tmp_path / 'out'}"]) == 0
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert rows[-1]["name"] == "narrow"
+    assert rows[-1]["effective_bits"] == min(row["effective_bits"] for row in rows)
 
 
 @pytest.mark.parametrize("serve", ["layer", "projection"])
@@ -186,7 +204,9 @@ def test_every_field_is_a_flag_of_the_same_name_and_default():
         (["--weights=speed=1"], "speed"),
         (["--cost-geometry=olmoe-1b-7"], "did you mean"),
         (["--model=nobody/nothing"], "hub has not delivered"),
+        (["--model=referense"], "did you mean 'reference'"),
         (["--dataset=nothing.txt"], "hub has not delivered"),
+        (["--dataset=embeded"], "did you mean 'embedded'"),
         (["--profile=nothing.safetensors"], "There is no profile"),
     ],
 )
@@ -211,6 +231,18 @@ def test_a_folder_of_another_configuration_is_left_alone(finished, capsys):
     assert main([*QUICK, "--seed=1", f"--out={finished}"]) == 2
     assert "run of another configuration" in " ".join(capsys.readouterr().err.split())
     assert (finished / "bitmap.json").read_bytes() == before
+
+
+def test_limits_in_the_wrong_unit_are_only_generous(tmp_path):
+    out = tmp_path / "generous"
+    assert main([*QUICK, "--agent=mckp", "--memory-gb=8e10", f"--out={out}"]) == 0
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"digest": 3}'])
+def test_a_folder_with_a_damaged_mark_is_left_alone(tmp_path, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    assert main([*QUICK, f"--out={tmp_path}"]) == 2
+    assert "damaged config.json" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):

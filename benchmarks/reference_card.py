@@ -52,7 +52,7 @@ def damage_table(moe: MoEModel, windows: np.ndarray) -> tuple[float, list[str]]:
             uniform = np.arange(len(menu))[::-1, None].repeat(experts, 1)
             answers = evaluator.evaluate(uniform)
             losses = " | ".join(
-                f"+{nll - full:.4f} ({kl:.4f})"
+                f"{nll - full:+.4f} ({kl:.4f})"
                 for nll, kl in zip(answers.nll, answers.kl, strict=True)
             )
             rows.append(f"| {quantizer.upper()}, group {group} | {losses} |")

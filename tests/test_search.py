@@ -151,7 +151,7 @@ def test_an_agent_of_the_user_s_own(tmp_path, monkeypatch):
         "class Narrow:\n"
         "    name = 'narrow'\n"
         "    def search(self, problem, *, evaluations, seed, on_candidate=None):\n"
-        "        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)\n"
+        "        recorder = Recorder(problem, evaluations=evaluations)\n"
         "        recorder.evaluate(problem.uniform('2')[None])\n"
         "        return recorder.result()\n"
     )

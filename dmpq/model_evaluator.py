@@ -209,9 +209,9 @@ class ModelEvaluator:
             answer = self._measure(formats, batches, first)
             if self._journal is not None:
                 self._journal.append({"text": self._text, "map": key, "values": answer})
-        self._spent += self._resume_share(first) * sum(
-            i.numel() for i in self.id_batches[:batches]
-        )
+        # The share first: asking for it may run, and count, the full-precision model.
+        cost = self._resume_share(first) * sum(ids.numel() for ids in self.id_batches[:batches])
+        self._spent += cost
         self._asked[key] = answer
         return answer
 

@@ -25,7 +25,7 @@ def test_what_the_search_claims_holds(bitmap, capsys):
     capsys.readouterr()
     assert validate([str(bitmap), "--heldout-tokens=512"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("ok") == 4
+    assert shown.count("  ok  ") == 4
     assert "WRONG" not in shown
 
 

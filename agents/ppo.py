@@ -40,9 +40,7 @@ class PPOAgent:
         std_decay: Factor on ``std`` after every update.
         samples: Samples per update; even.
         epochs: Passes over the samples per update.
-        clip_range: How far PPO lets the likelihood ratio of a sample move in one update. The ratio
-            of a Gaussian over all decisions moves much faster than that of a single action, so
-            that the usual 0.2 would all but freeze the mean.
+        clip_range: How far PPO lets the likelihood ratio of a sample move in one update.
         hidden: Width of the two hidden layers.
         embedding: Size of the embedding that each decision learns; 0 leaves features alone, which
             is what a policy for other models should be trained with.
@@ -56,7 +54,7 @@ class PPOAgent:
     std_decay: float = 0.985
     samples: int = 16
     epochs: int = 10
-    clip_range: float = 1.0
+    clip_range: float = 0.2
     hidden: int = 64
     embedding: int = 8
     log_scale: float = 3.0

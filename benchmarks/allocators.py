@@ -6,7 +6,7 @@ For each seed a calibration draw of its own. PPO profiles on ``--profile-tokens`
 ``--evaluations`` and chooses among its finalists on fresh text. The same agent with learning rate
 0 spends the same. MCKP spends all those tokens on a profile of more text (the profile, search and
 selection text of the agent, and more). All are judged on held-out text, on which nothing is
-chosen. ``--out`` keeps every row as JSON.
+chosen. ``--out`` keeps every row as JSON, and ``--read`` prints the table of such files.
 """
 
 from __future__ import annotations
@@ -96,26 +96,8 @@ def _row(
     }
 
 
-def main() -> None:
-    """Run all seeds and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--evaluations", type=int, default=200)
-    parser.add_argument("--profile-tokens", type=int, default=4096)
-    parser.add_argument("--search-tokens", type=int, default=8192)
-    parser.add_argument("--selection-tokens", type=int, default=16384)
-    parser.add_argument("--heldout-tokens", type=int, default=131072)
-    parser.add_argument("--out", type=Path, default=None, help="write every row as JSON")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows: list[dict[str, float | str]] = []
-    started = time.monotonic()
-    for seed in range(arguments.seeds):
-        rows += compare(seed, arguments)
-        print(f"seed {seed} done after {time.monotonic() - started:.0f} s", flush=True)
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+def show(rows: list[dict[str, float | str]]) -> None:
+    """Print held-out KL by budget and method, and its ratio to MCKP's at equal tokens."""
     table = pd.DataFrame(rows)
     reference = table[table.method == "mckp"].set_index(["seed", "budget"]).heldout_kl
     index = pd.MultiIndex.from_frame(table[["seed", "budget"]])
@@ -128,6 +110,33 @@ def main() -> None:
         tokens=("tokens", "mean"),
     )
     print(summary.to_string(float_format=lambda v: f"{v:,.5g}"))
+
+
+def main() -> None:
+    """Run all seeds and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="calibration draws, comma-separated")
+    parser.add_argument("--read", type=Path, nargs="+", help="rows of earlier runs to show")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--evaluations", type=int, default=150)
+    parser.add_argument("--profile-tokens", type=int, default=4096)
+    parser.add_argument("--search-tokens", type=int, default=8192)
+    parser.add_argument("--selection-tokens", type=int, default=32768)
+    parser.add_argument("--heldout-tokens", type=int, default=65536)
+    parser.add_argument("--out", type=Path, default=None, help="write every row as JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.read is not None:
+        show([row for file in arguments.read for row in json.loads(file.read_text())])
+        return
+    rows: list[dict[str, float | str]] = []
+    started = time.monotonic()
+    for seed in map(int, arguments.seeds.split(",")):
+        rows += compare(seed, arguments)
+        print(f"seed {seed} done after {time.monotonic() - started:.0f} s", flush=True)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    show(rows)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,20 @@ class ImportancePolicy(ActorCriticPolicy):
             **self.optimizer_kwargs,
         )
 
+    def imitate(self, observation: th.Tensor, action: th.Tensor, *, steps: int) -> None:
+        """Move the mean towards an action that did well (self-imitation, arXiv 1806.05635).
+
+        Args:
+            observation: (1, size).
+            action: (1, D).
+            steps: Steps of the policy's own optimizer, at its learning rate.
+        """
+        for _ in range(steps):
+            loss = (self.mlp_extractor.forward_actor(observation) - action).square().sum()
+            self.optimizer.zero_grad()
+            th.autograd.backward(loss)
+            self.optimizer.step()
+
     def set_std(self, std: float) -> None:
         """Set the exploration's standard deviation, in log-importance."""
         self.log_std.fill_(std / self._log_scale).log_()

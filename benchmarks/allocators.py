@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4", help="calibration draws, comma-separated")
     parser.add_argument("--read", type=Path, nargs="+", help="rows of earlier runs to show")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--evaluations", type=int, default=150)
+    parser.add_argument("--evaluations", type=int, default=120)
     parser.add_argument("--profile-tokens", type=int, default=4096)
     parser.add_argument("--search-tokens", type=int, default=8192)
     parser.add_argument("--selection-tokens", type=int, default=32768)

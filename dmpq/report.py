@@ -133,6 +133,8 @@ def plane(
         axes.set_xlabel(label)
         axes.grid(alpha=0.2)
         axes.margins(x=0.12)
+        axes.locator_params(axis="x", nbins=5)
+        axes.ticklabel_format(axis="x", useOffset=False)
     figure.axes[0].set_ylabel("KL to full precision on search text, nats/token")
     figure.axes[0].legend(frameon=False)
     return figure

@@ -294,12 +294,13 @@ def load_model(
     dtype: Any = torch.float32 if device == "cpu" else "auto"
     try:
         AutoConfig.from_pretrained(source, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # a damaged checkpoint raises whatever its reader raises
         raise _load_error(name, local, error) from error
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(

@@ -108,10 +108,11 @@ def test_the_readme_s_examples_run(index, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_notebook_runs(tmp_path):
+def test_the_notebook_runs(tmp_path, monkeypatch):
     import nbclient
     import nbformat
 
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     nbclient.NotebookClient(

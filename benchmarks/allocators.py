@@ -109,6 +109,9 @@ def show(rows: list[dict[str, float | str]]) -> None:
         over_mckp_worst=("over_mckp", "max"),
         tokens=("tokens", "mean"),
     )
+    searched = table.pivot_table(index=["seed", "budget"], columns="method", values="search_kl")
+    wins = int((searched["ppo"] < searched["perturbations"]).sum())
+    print(f"PPO below the perturbations on its search text in {wins} of {len(searched)} runs")
     print(summary.to_string(float_format=lambda v: f"{v:,.5g}"))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,30 @@ class Agent(Protocol):
             on_candidate: Called with every map evaluated, in order.
         """
         ...
+
+
+class OneMapAgent(ABC):
+    """Base of the rules that propose one map and search no further: one evaluation."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def propose(self, problem: Problem) -> NDArray[np.int64]:
+        """Return the rule's map, (D,), within every limit."""
+
+    def search(
+        self,
+        problem: Problem,
+        *,
+        evaluations: int,
+        seed: int,
+        on_candidate: OnCandidate | None = None,
+    ) -> SearchResult:
+        """Evaluate the rule's map; see :meth:`Agent.search`. Nothing depends on the seed."""
+        del seed
+        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
+        recorder.evaluate(self.propose(problem)[None])
+        return recorder.result()
 
 
 class OutOfEvaluations(Exception):  # noqa: N818  # control flow, like StopIteration

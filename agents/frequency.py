@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dmpq.agents.base import OnCandidate, Recorder, SearchResult
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.agents.base import OneMapAgent
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrequencyAgent:
+class FrequencyAgent(OneMapAgent):
     """Ranks by activation frequency alone and spends the budget exactly: one evaluation.
 
     The "Freq" heuristic of QuantMoE-Bench (arXiv 2406.08155), which gives the most frequently
@@ -22,19 +25,9 @@ class FrequencyAgent:
 
     name: ClassVar[str] = "frequency"
 
-    def search(
-        self,
-        problem: Problem,
-        *,
-        evaluations: int,
-        seed: int,
-        on_candidate: OnCandidate | None = None,
-    ) -> SearchResult:
-        """Return the frequency map; see :meth:`dmpq.agents.Agent.search`."""
-        del seed
-        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
+    def propose(self, problem: Problem) -> NDArray[np.int64]:
+        """Return the frequency map, (D,)."""
         frequency = problem.per_decision(problem.profile.frequency)
         used = frequency * problem.decision_weights
         values = used[:, None] * 4.0 ** -problem.menu.bits.astype(float)
-        recorder.evaluate(problem.project(values / (values.max() or 1.0))[None])
-        return recorder.result()
+        return problem.project(values / (values.max() or 1.0))

@@ -6,33 +6,25 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dmpq.agents.base import OnCandidate, Recorder, SearchResult
+from dmpq.agents.base import OneMapAgent
 from dmpq.errors import InputError
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniformAgent:
+class UniformAgent(OneMapAgent):
     """Evaluates the largest uniform map within the limits: one evaluation."""
 
     name: ClassVar[str] = "uniform"
 
-    def search(
-        self,
-        problem: Problem,
-        *,
-        evaluations: int,
-        seed: int,
-        on_candidate: OnCandidate | None = None,
-    ) -> SearchResult:
-        """Return the uniform map of most stored bits; see :meth:`dmpq.agents.Agent.search`.
+    def propose(self, problem: Problem) -> NDArray[np.int64]:
+        """Return the uniform map of most stored bits, (D,).
 
         Raises:
             InputError: If no uniform map meets the limits.
         """
-        del seed
-        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
         maps = np.stack([problem.uniform(key) for key in problem.menu.keys])
         stored = np.where(problem.feasible(maps), problem.effective_bits(maps), -1.0)
         if stored.max() < 0:
@@ -40,5 +32,5 @@ class UniformAgent:
                 f"None of the uniform maps of {', '.join(problem.menu.keys)} bits meets the "
                 "limits; raise one of them, or take an agent that mixes formats."
             )
-        recorder.evaluate(maps[[stored.argmax()]])
-        return recorder.result()
+        widest: NDArray[np.int64] = maps[stored.argmax()]
+        return widest

@@ -78,7 +78,7 @@ class SearchConfig:
     def geometry(self) -> str:
         """The cost geometry: as given, or the default for the model."""
         default = "olmoe-1b-7b" if self.model == "reference" else "own"
-        return self.cost_geometry or default
+        return default if self.cost_geometry is None else self.cost_geometry
 
     def digest(self) -> str:
         """Return a hash of the whole configuration but for where it runs and writes."""

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
     from dmpq.session import Progress
+
+
+BAD_INPUT: Final = 2
+"""Exit code of a command that was asked for what cannot be."""
+INTERRUPTED: Final = 130
+"""Exit code of a command that Ctrl-C ended, as shells count it."""
+
+
+def refuse(reason: object) -> int:
+    """Print what was wrong on standard error, as one line; returns the exit code."""
+    text = "".join(c if c.isprintable() else " " for c in str(reason))
+    sys.stderr.write(f"error: {' '.join(text.split())}\n")
+    return BAD_INPUT
+
+
+def plain_console(*, stderr: bool = False) -> Console:
+    """Return a console that shows text as it is: names may hold brackets and colons."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")  # a terminal without µ is no reason to fail
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
 def quiet_libraries() -> None:

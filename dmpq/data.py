@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +18,11 @@ from dmpq.errors import InputError, did_you_mean, first_line
 
 Windows = NDArray[np.int64]
 
-_READERS: Final = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_SUFFIXES: Final = (".json", ".jsonl", ".parquet", ".txt")
 _TEXT_COLUMNS: Final = ("text", "content", "sentence")
 _HELDOUT_SHARE: Final = 0.2
+_STRANGE_SHARE: Final = 0.01
+"""Share of characters that may be no UTF-8: a file cut in the middle of one is still text."""
 _BLOCK: Final = 1 << 16
 """Characters tokenized at a time, so that a long file needs no second copy in memory."""
 
@@ -32,6 +37,37 @@ class TokenRequest:
     heldout: int
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Which windows of a calibration text were drawn: what a profile was measured on.
+
+    Attributes:
+        stream: SHA-256 of all token ids of the calibration text.
+        length: Tokens per window.
+        windows: Numbers of the windows drawn, counted from the text's beginning.
+    """
+
+    stream: str
+    length: int
+    windows: tuple[int, ...]
+
+    def touched(self, length: int, count: int) -> NDArray[np.bool_]:
+        """Return which windows of another length share a token with those drawn.
+
+        Args:
+            length: Tokens per window of the other cut of the same text.
+            count: Number of its windows.
+
+        Returns:
+            (count,).
+        """
+        touched = np.zeros(count, np.bool_)
+        for window in self.windows:
+            start = window * self.length
+            touched[start // length : (start + self.length - 1) // length + 1] = True
+        return touched
+
+
 @dataclass(frozen=True, eq=False)
 class Splits:
     """Disjoint windows of token ids, each int64 (windows, length).
@@ -42,6 +78,7 @@ class Splits:
         selection: Fresh calibration text for the final choice among candidates.
         heldout: For what is reported; its documents serve no other role.
         source: What the text is, in words.
+        drawn: The windows of ``profile``.
     """
 
     profile: Windows
@@ -49,10 +86,17 @@ class Splits:
     selection: Windows
     heldout: Windows
     source: str
+    drawn: Draw
 
 
 def load_splits(
-    dataset: str, tokenizer: Any, *, length: int, tokens: TokenRequest, seed: int
+    dataset: str,
+    tokenizer: Any,
+    *,
+    length: int,
+    tokens: TokenRequest,
+    seed: int,
+    taken: Draw | None = None,
 ) -> Splits:
     """Return windows of text for every role.
 
@@ -67,24 +111,29 @@ def load_splits(
         length: Tokens per window.
         tokens: Number of tokens per role, rounded up to whole windows.
         seed: Draws the calibration windows.
+        taken: What an earlier draw from the same text has used; no role gets any of it. A draw
+            from another text has no effect.
 
     Raises:
         InputError: If the text cannot be read, or is too short.
     """
     calibration, heldout, source = _read(dataset)
-    pool = _windows(calibration, tokenizer, length)
+    pool, stream = _windows(calibration, tokenizer, length)
+    order = np.random.default_rng(seed).permutation(len(pool))
+    if taken is not None and taken.stream == stream:
+        order = order[~taken.touched(length, len(pool))[order]]
     counts = [-(-t // length) for t in (tokens.profile, tokens.search, tokens.selection)]
     needed = sum(counts)
-    if len(pool) < needed:
-        raise _too_short(dataset, "calibration", len(pool), needed, length)
-    order = np.random.default_rng(seed).permutation(len(pool))
+    if len(order) < needed:
+        raise _too_short(dataset, "calibration", len(order), needed, length)
     profile, search, selection = np.split(pool[order[:needed]], np.cumsum(counts)[:2])
     wanted = -(-tokens.heldout // length)
-    rest = _windows(heldout, tokenizer, length)
+    rest, _ = _windows(heldout, tokenizer, length)
     if len(rest) < wanted:
         raise _too_short(dataset, "held-out", len(rest), wanted, length)
     spread: NDArray[np.int64] = np.linspace(0, max(len(rest) - 1, 0), wanted).astype(np.int64)
-    return Splits(profile, search, selection, rest[spread], source)
+    drawn = Draw(stream, length, tuple(sorted(order[: counts[0]].tolist())))
+    return Splits(profile, search, selection, rest[spread], source, drawn)
 
 
 def _too_short(dataset: str, role: str, have: int, need: int, length: int) -> InputError:
@@ -95,8 +144,11 @@ def _too_short(dataset: str, role: str, have: int, need: int, length: int) -> In
     )
 
 
-def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> Windows:
-    """Tokenize, close each text with end-of-text, and cut into windows; the rest is dropped."""
+def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[Windows, str]:
+    """Tokenize, close each text with end-of-text, and cut into windows; the rest is dropped.
+
+    Returns the windows, and the SHA-256 of all token ids.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[NDArray[np.int64]] = []
     for text in texts:
@@ -107,7 +159,8 @@ def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> Windows:
         pieces.append(np.array(ids + end, dtype=np.int64))
     stream = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
     whole = len(stream) // length
-    return stream[: whole * length].reshape(whole, length)
+    digest = hashlib.sha256(stream.tobytes()).hexdigest()
+    return stream[: whole * length].reshape(whole, length), digest
 
 
 def _read(dataset: str) -> tuple[list[str], list[str], str]:
@@ -118,8 +171,8 @@ def _read(dataset: str) -> tuple[list[str], list[str], str]:
         code = [d.text for d in embedded.side_documents("calibration") if d.kind == "code"]
         heldout = [d.text for d in embedded.side_documents("heldout")]
         return code, heldout, "embedded (the standard library's code and docstrings)"
-    path = Path(dataset)
-    if path.exists():
+    if os.path.exists(dataset):
+        path = Path(dataset)
         texts = _read_local(path)
         return *_cut(texts), f"{path.name} (last fifth held out)"
     return _read_hub(dataset)
@@ -132,37 +185,67 @@ def _cut(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _read_local(path: Path) -> list[str]:
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    files = [f for f in files if f.suffix in _READERS] if path.is_dir() else files
-    if not files or files[0].suffix not in _READERS:
+    inside = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(f for f in inside if f.is_file() and f.suffix.lower() in _SUFFIXES)
+    if not files:
         raise InputError(
-            f"{path} is no text that can be read; give a file or folder of "
-            f"{', '.join(sorted(_READERS))}."
+            f"{path} is no text that can be read; give a file or folder of {', '.join(_SUFFIXES)}."
         )
-    texts: list[str] = []
-    for file in files:
-        if file.stat().st_size == 0:
-            continue
-        texts.extend(_read_file(file))
+    texts = [text for file in files if file.stat().st_size for text in _read_file(file)]
     if not any(text.strip() for text in texts):
         raise InputError(f"The text {path} is empty; give a file with text in it.")
     return texts
 
 
 def _read_file(file: Path) -> list[str]:
-    if file.suffix == ".txt":
-        try:
-            return [file.read_text(encoding="utf-8", errors="replace")]
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}).") from error
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
+    kind = file.suffix.lower()
     try:
-        table = load_dataset(_READERS[file.suffix], data_files=str(file), split="train")
-    except (DatasetGenerationError, OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as {file.suffix[1:]}: {error}.") from error
-    return _texts(table[_text_column(table.column_names, str(file))])
+        if kind == ".txt":
+            return [_decoded(file)]
+        if kind == ".parquet":
+            return _parquet_texts(file)
+        return _json_texts(file, by_line=kind == ".jsonl")
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file} cannot be read as {kind[1:]} ({first_line(error)}); correct it, or leave it "
+            "out."
+        ) from error
+
+
+def _decoded(file: Path) -> str:
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    strange = text.count("\ufffd") + text.count("\0")
+    if strange > _STRANGE_SHARE * len(text):
+        raise InputError(
+            f"{file} is no UTF-8 text ({strange:,} of its {len(text):,} characters are none); "
+            "convert it to UTF-8."
+        )
+    return text
+
+
+def _json_texts(file: Path, *, by_line: bool) -> list[str]:
+    """Read rows by the standard library: Arrow's reader crashes on a file of ``null``."""
+    text = _decoded(file)
+    try:
+        whole = None if by_line else json.loads(text)
+    except json.JSONDecodeError:  # many a .json holds one object a line
+        by_line = True
+    if by_line:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    else:
+        rows = whole if isinstance(whole, list) else [whole]
+    names = list(dict.fromkeys(n for row in rows if isinstance(row, dict) for n in row))
+    column = _text_column(names, str(file))
+    return _texts(row.get(column) for row in rows if isinstance(row, dict))
+
+
+def _parquet_texts(file: Path) -> list[str]:
+    import pandas as pd
+
+    table = pd.read_parquet(file)
+    return _texts(table[_text_column([str(name) for name in table.columns], str(file))])
 
 
 def _texts(rows: Iterable[Any]) -> list[str]:
@@ -175,7 +258,7 @@ def _text_column(columns: list[str], where: str) -> str:
         if name in columns:
             return name
     raise InputError(
-        f"{where} has no column of text; it has {', '.join(columns)}, and one of "
+        f"{where} has no column of text; it has {', '.join(columns)[:200] or 'none'}, and one of "
         f"{', '.join(_TEXT_COLUMNS)} is needed."
     )
 
@@ -199,4 +282,5 @@ def _read_hub(dataset: str) -> tuple[list[str], list[str], str]:
     main = next((s for s in ("train", "validation") if s in splits and s != apart), None)
     if apart is not None and main is not None:
         return _texts(splits[main][column]), _texts(splits[apart][column]), f"{dataset} ({apart})"
-    return *_cut(_texts(splits[apart or main][column])), f"{dataset} (last fifth held out)"
+    only = apart or main or next(iter(splits))
+    return *_cut(_texts(splits[only][column])), f"{dataset} (last fifth held out)"

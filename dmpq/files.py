@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def replace_atomically(path: str | Path, data: bytes) -> None:
@@ -29,6 +32,23 @@ def replace_atomically(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def safetensors_bytes(
+    arrays: Mapping[str, NDArray[Any]], *, metadata: dict[str, str] | None = None
+) -> bytes:
+    """Return named arrays, of whatever memory layout, as one safetensors file.
+
+    safetensors 0.8 writes the buffer under a strided view instead of the view.
+    """
+    from safetensors.numpy import save
+
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return save(whole, metadata=metadata)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 class JsonLines:
@@ -59,8 +79,8 @@ class JsonLines:
         with self.path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
+                    record = json.loads(line, parse_constant=_refuse_constant)
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(record, dict):
                     yield record

@@ -28,6 +28,13 @@ IMPLEMENTATION: Final = "dmpq"
 _FLAGS: Final = frozenset({"is_transposed", "has_gate", "has_bias", "num_experts"})
 _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _FORWARDS: Final = "_dmpq_forward"
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_REASONS: Final = {
+    "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
+    "automatic conversion": "weights of some experts are missing, or have other shapes than those "
+    "of the rest",
+}
+"""What transformers means where it points at a report that it logs, and which is not shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,12 +280,7 @@ def load_model(
     Raises:
         InputError: If there is no such model, no network, no weights, or no experts.
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"The device {device!r} cannot be used ({first_line(error)}); try 'cpu'."
-        ) from error
+    _check_device(device)
     source = str(reference_path()) if name == "reference" else name
     local = os.path.isdir(source)
     if local and not os.path.isfile(os.path.join(source, "config.json")):
@@ -286,12 +288,19 @@ def load_model(
             f"The folder {source} holds no checkpoint (no config.json); give a folder written by "
             "save_pretrained, or a hub id."
         )
+    if local and revision is not None:
+        raise InputError(
+            f"The folder {name} has no revisions, so --revision {revision} names nothing; leave "
+            "it out, or give a hub id."
+        )
+    if local:
+        _refuse_pickles(source)
     options: dict[str, Any] = {
         "revision": revision,
         "local_files_only": local,
         "trust_remote_code": trust_remote_code,
     }
-    dtype: Any = torch.float32 if device == "cpu" else "auto"
+    dtype: Any = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
         AutoConfig.from_pretrained(source, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -307,13 +316,66 @@ def load_model(
             f"The checkpoint {name} lacks {len(missing)} of its weights, among them {missing[0]}; "
             "complete it, or they would be random."
         )
-    return MoEModel(model.to(device), name=name, revision=revision), tokenizer
+    moe = MoEModel(model.to(device), name=name, revision=revision)
+    _check_weights(moe)
+    return moe, tokenizer
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each backend raises its own
+        raise InputError(
+            f"The device {device!r} cannot be used ({first_line(error)}); try 'cpu'."
+        ) from error
+
+
+def _refuse_pickles(folder: str) -> None:
+    names = os.listdir(folder)
+    pickled = sorted(name for name in names if name.endswith(_PICKLES))
+    if pickled and not any(name.endswith(".safetensors") for name in names):
+        raise InputError(
+            f"The checkpoint in {folder} cannot be read: its weights are a pickle ({pickled[0]}), "
+            "and no pickle is ever opened, since it can run code; convert it to safetensors."
+        )
+
+
+def _check_weights(moe: MoEModel) -> None:
+    """Refuse weights that would only fail later, and there without a reason."""
+    for path, parameter in moe.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(
+                f"The checkpoint {moe.name} holds values in {path} that are not finite; "
+                "it is damaged, or overflowed where it was converted: get it again."
+            )
+    initial = moe.model.config.to_dict().get("router_init_norms")
+    if initial is not None and not _fits(initial, moe.containers):
+        raise InputError(
+            f"The config.json of {moe.name} gives router_init_norms of other layers or experts "
+            "than the weights have; correct or remove them."
+        )
+
+
+def _fits(norms: Any, containers: Sequence[Experts]) -> bool:
+    """Return whether there is one number for each expert of each layer."""
+    if not isinstance(norms, list) or len(norms) != len(containers):
+        return False
+    return all(
+        isinstance(row, list)
+        and len(row) == experts.num_experts
+        and all(isinstance(norm, int | float) for norm in row)
+        for row, experts in zip(norms, containers, strict=True)
+    )
 
 
 def _load_error(name: str, local: bool, error: Exception) -> InputError:
     reason = first_line(error)
     if local:
-        return InputError(f"The checkpoint in {name} cannot be read: {reason}.")
+        plain = next((text for sign, text in _REASONS.items() if sign in str(error)), reason)
+        return InputError(
+            f"The checkpoint in {name} cannot be read: {plain}; get it again, or write it by "
+            "save_pretrained."
+        )
     hint = did_you_mean(name, ["reference"])
     return InputError(
         f"There is no folder {name!r}{hint}, and the hub has not delivered a model of that name "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +16,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.errors import InputError
-from dmpq.files import replace_atomically
+from dmpq.data import Draw
+from dmpq.errors import InputError, first_line
+from dmpq.files import replace_atomically, safetensors_bytes
 from dmpq.formats import Menu
 from dmpq.spec import ModelSpec
 
@@ -59,6 +60,7 @@ class Profile:
         router_norm: (N,), norm of the expert's router row.
         router_norm_change: (N,), its change since initialisation; NaN where unknown.
         uniform_kl: (B,), KL of every uniform map, nats per token.
+        drawn: Which windows of its text it was measured on; ``None`` where unknown.
     """
 
     spec: ModelSpec
@@ -83,8 +85,10 @@ class Profile:
     router_norm: Floats
     router_norm_change: Floats
     uniform_kl: Floats
+    drawn: Draw | None = None
 
     def __post_init__(self) -> None:
+        self._check_scalars()
         experts, formats = self.spec.num_experts, len(self.menu)
         wide = {"sensitivity", "output_error", "proxy"}
         for name, value in self._arrays().items():
@@ -101,6 +105,26 @@ class Profile:
             if name != "router_norm_change" and not np.isfinite(value).all():
                 raise InputError(
                     f"The profile's {name} holds values that are not finite; measure it again."
+                )
+
+    def _check_scalars(self) -> None:
+        for name in ("text", "fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"The profile's {name} is no text; measure the profile again.")
+        for name in ("tokens", "full_nll", "cost_tokens"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not np.isfinite(value) or value < 0:
+                raise InputError(
+                    f"The profile's {name} is {str(value)[:60]!r}, no number of 0 or more; "
+                    "measure the profile again."
+                )
+        for name, array in self._arrays().items():
+            kind = np.integer if name == "hits" else np.floating
+            if not np.issubdtype(array.dtype, kind) or (name in _SHARES and (array < 0).any()):
+                raise InputError(
+                    f"The profile's {name} holds other values than it may ({array.dtype}); "
+                    "measure the profile again."
                 )
 
     @property
@@ -128,8 +152,6 @@ class Profile:
 
     def save(self, path: str | Path) -> None:
         """Write the profile as one safetensors file, atomically."""
-        from safetensors.numpy import save
-
         header = {
             "schema": SCHEMA,
             "spec": self.spec.to_json(),
@@ -137,8 +159,10 @@ class Profile:
             "quantizer": self.menu.quantizer,
             "symmetric": self.menu.symmetric,
             **{name: getattr(self, name) for name in _SCALARS},
+            **({} if self.drawn is None else {"drawn": asdict(self.drawn)}),
         }
-        data = save(self._arrays(), metadata={"dmpq": json.dumps(header, sort_keys=True)})
+        metadata = {"dmpq": json.dumps(header, sort_keys=True)}
+        data = safetensors_bytes(self._arrays(), metadata=metadata)
         replace_atomically(path, data)
 
     @classmethod
@@ -170,19 +194,36 @@ class Profile:
                     header["menu"], quantizer=header["quantizer"], symmetric=header["symmetric"]
                 ),
                 **{name: header[name] for name in _SCALARS},
+                drawn=_read_draw(header.get("drawn")),
                 **arrays,
             )
-        except (SafetensorError, KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, OSError) as e:
             raise InputError(
-                f"{path} is not a dmpq profile ({error}); dmpq.search without --profile "
+                f"{path} is not a dmpq profile ({first_line(e)}); dmpq.search without --profile "
                 "writes one."
-            ) from error
+            ) from e
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         values = {name: getattr(self, name) for name in _ARRAYS}
         return {name: value for name, value in values.items() if value is not None}
 
 
+def _read_draw(data: Any) -> Draw | None:
+    """Return what the file says of its windows; ``None`` for a file that says nothing."""
+    match data:
+        case None:
+            return None
+        case {"stream": str(stream), "length": int(length), "windows": [*windows]} if (
+            length > 0 and all(type(w) is int and 0 <= w < _MOST_WINDOWS for w in windows)
+        ):
+            return Draw(stream, length, tuple(windows))
+    raise InputError("The profile's drawn windows are damaged; measure the profile again.")
+
+
+_MOST_WINDOWS: Final = 1 << 40
+_SHARES: Final = frozenset({"hits", "frequency"})
 _SCALARS: Final = ("tokens", "text", "fingerprint", "full_nll", "cost_tokens")
 _ARRAYS: Final = tuple(
     field.name

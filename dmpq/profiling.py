@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.bank import LayerBank
+from dmpq.data import Draw
 from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel, run_stacked
 from dmpq.profile import Profile
@@ -65,6 +66,7 @@ def measure_profile(
     evaluator: ModelEvaluator,
     *,
     text: str,
+    drawn: Draw | None = None,
     projections: bool = False,
     progress: Progress | None = None,
 ) -> Profile:
@@ -73,6 +75,7 @@ def measure_profile(
     Args:
         evaluator: Holds the bank and the profiling text.
         text: What the text is, in words.
+        drawn: Which windows of it the evaluator has; a search on the profile uses others.
         projections: Measure sensitivities of gate+up and down apart as well.
         progress: Called with the number of variants measured, and of all variants.
     """
@@ -108,6 +111,7 @@ def measure_profile(
         output_error=sums.output_error / sums.tokens,
         proxy=sums.proxy / sums.tokens,
         uniform_kl=uniform_kl,
+        drawn=drawn,
         **_weight_statistics(bank.moe),
         **_router_norms(bank.moe),
     )
@@ -134,6 +138,7 @@ def _sensitivities(
 ) -> NDArray[np.float64]:
     """Return the KL that each change of one expert adds to that of ``base``, (N, B)."""
     experts, formats = len(base), len(evaluator.bank.menu)
+    evaluator.hold(base.ravel())
     floor = evaluator.evaluate(base.reshape(1, -1)).kl[0]
     result = np.zeros((experts, formats))
     for expert in range(experts):

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,10 +21,12 @@ import numpy as np
 
 import dmpq
 from dmpq.config import SearchConfig, add_options, from_arguments
-from dmpq.console import progress_bars, quiet_libraries
+from dmpq.console import INTERRUPTED, plain_console, progress_bars, quiet_libraries, refuse
 from dmpq.embedded import differs_from_card
-from dmpq.errors import InputError
-from dmpq.files import JsonLines, replace_atomically
+from dmpq.errors import InputError, first_line, is_out_of_memory
+from dmpq.files import JsonLines
+from dmpq.guard import BASELINES, UNIFORM, make_agent, run_agent
+from dmpq.run_folder import only_run_in, run_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,8 +44,6 @@ _EXAMPLES: Final = """examples:
   python -m dmpq.search --model path/to/checkpoint --dataset notes.txt --memory-gb 12
 """
 _VERSIONED: Final = ("torch", "transformers", "torchao", "stable-baselines3", "numpy")
-_BASELINES: Final = ("frequency", "mckp")
-_INTERRUPTED: Final = 130
 
 
 @dataclass
@@ -77,23 +78,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print summary.json, not a table")
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-    from rich.console import Console
-
-    console = Console(stderr=arguments.json, highlight=False)
+    console = plain_console(stderr=arguments.json)
     try:
         quiet_libraries()
         summary = search(from_arguments(arguments), console)
     except InputError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False)
-        return 2
+        return refuse(error)
     except OSError as error:
-        where = "" if error.filename is None else f" ({error.filename})"
-        message = f"error: {error.strerror}{where}; what was measured is in the journal."
-        Console(stderr=True, highlight=False).print(message, markup=False)
-        return 2
+        path = error.filename2 or error.filename
+        where = "" if path is None else f" ({path})"
+        reason = error.strerror or first_line(error)
+        return refuse(
+            f"{reason}{where}; what was measured is kept: mend this, and the same command goes on."
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refuse(
+            f"There is not enough memory ({first_line(error)}); ask for fewer tokens "
+            "(--search-tokens and the like), a shorter --sequence-length or a smaller "
+            "--bank-memory-gb."
+        )
     except KeyboardInterrupt:
         console.print("Interrupted; the same command goes on from here.")
-        return _INTERRUPTED
+        return INTERRUPTED
     if arguments.json:
         sys.stdout.write(summary)
     return 0
@@ -109,39 +117,45 @@ def search(config: SearchConfig, console: Console) -> str:
     Raises:
         InputError: If the configuration asks for what cannot be; nothing is written then.
     """
-    from dmpq import agents
-    from dmpq.session import Session
+    from dmpq.session import Session, check_numbers
 
+    check_numbers(config)
     if config.threads is not None:
         import torch
 
-        if config.threads < 1:
-            raise InputError(f"--threads {config.threads} runs nothing; give 1 or more.")
         torch.set_num_threads(config.threads)
-    agent = agents.make(config.agent)
-    with progress_bars(console) as show:
-        session = Session(config, progress=show)
-        session.check()
-        run = _Run(session, agent, _folder(config), console)
-        _introduce(run)
-        session.journal = JsonLines(run.path("journal.jsonl"))
+    agent = make_agent(config.agent)
+    with ExitStack() as alone:
+        with progress_bars(console) as show:
+            session = Session(config, progress=show)
+            session.check()
+            run = _Run(session, agent, run_folder(config), console)
+            alone.enter_context(only_run_in(run.folder))
+            _introduce(run)
+            problem, result, rows = _measured_on_text(run)
+        return _finish(run, problem, result, rows)
+
+
+def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
+    """Profile, search and report: all that evaluates the model, with every answer kept."""
+    session = run.session
+    session.journal = JsonLines(run.path("journal.jsonl"))
+    try:
+        profile = session.profile()
+        profile.save(run.path("profile.safetensors"))
+        problem = session.problem(
+            profile,
+            evaluator=session.evaluator("search"),
+            selector=session.evaluator("selection"),
+        )
         try:
-            profile = session.profile()
-            profile.save(run.path("profile.safetensors"))
-            problem = session.problem(
-                profile,
-                evaluator=session.evaluator("search"),
-                selector=session.evaluator("selection"),
-            )
-            try:
-                result = _searched(run, problem)
-                rows = _rows(run, problem, result)
-            except KeyboardInterrupt:
-                _keep_best(run, problem)
-                raise
-        finally:
-            session.journal.close()
-    return _finish(run, problem, result, rows)
+            result = _searched(run, problem)
+            return problem, result, _rows(run, problem, result)
+        except (KeyboardInterrupt, InputError):
+            _keep_best(run, problem)
+            raise
+    finally:
+        session.journal.close()
 
 
 def _searched(run: _Run, problem: Problem) -> SearchResult:
@@ -168,11 +182,14 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
             stage = f"searching, best KL {best:.5f}"
             run.session.progress(stage, candidate.evaluation, config.evaluations)
 
-        result = run.agent.search(
+        result = run_agent(
+            run.agent,
+            config.agent,
             problem,
             evaluations=config.evaluations,
             seed=config.seed,
             on_candidate=on_candidate,
+            trace=run.path("agent_error.txt"),
         )
     os.replace(partial, run.path("history.jsonl"))
     return result
@@ -180,55 +197,24 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
 
 def _keep_best(run: _Run, problem: Problem) -> None:
     """Write the best map of an interrupted run, unless an earlier one got further."""
-    from dmpq.bitmap import BitMap
-
     if run.best is None:
         return
     path = run.path("bitmap.partial.json")
-    if not path.exists() or BitMap.read(path).search["evaluations"] <= run.seen:
+    if _evaluations_in(path) <= run.seen:
         tokens = problem.profile.cost_tokens + problem.evaluator.tokens_spent
         bitmap = _bitmap(run, problem, run.best.assignment, evaluations=run.seen, tokens=tokens)
         bitmap.write(path)
     run.console.print(f"The best map so far (KL {run.best.kl:.5f}) is in {path}.", soft_wrap=True)
 
 
-def _folder(config: SearchConfig) -> Path:
-    """Return the run's folder, made if need be; it belongs to one configuration."""
-    name = f"{Path(config.model).name}-{Path(config.hw).stem}-{config.digest()}"
-    folder = Path(config.out) if config.out is not None else Path("runs") / name
-    mark = folder / "config.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        owner = _owner(mark)
-        if owner is None:
-            described = {"digest": config.digest(), **asdict(config)}
-            replace_atomically(mark, (json.dumps(described, indent=2) + "\n").encode())
-        elif not os.access(folder, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise InputError(
-            f"The output folder {folder} cannot be used ({error.strerror}); give another with "
-            "--out."
-        ) from error
-    if owner not in (None, config.digest()):
-        raise InputError(
-            f"{folder} holds the run of another configuration ({owner}); nothing was written. "
-            "Give another --out, or remove the folder."
-        )
-    return folder
+def _evaluations_in(path: Path) -> int:
+    """Return how many evaluations a partial map stands for; -1 where none can be read."""
+    from dmpq.bitmap import BitMap
 
-
-def _owner(mark: Path) -> str | None:
-    """Return the digest of the configuration that a folder belongs to; ``None`` where to none."""
-    if not mark.is_file():
-        return None
     try:
-        match json.loads(mark.read_text(encoding="utf-8")):
-            case {"digest": str(digest)}:
-                return digest
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        pass
-    return "damaged config.json"
+        return int(BitMap.read(path).search["evaluations"])
+    except InputError:
+        return -1
 
 
 def _introduce(run: _Run) -> None:
@@ -250,7 +236,7 @@ def _introduce(run: _Run) -> None:
     facts.add_column(style="dim")
     for name, value in lines.items():
         facts.add_row(name, value)
-    for note in hardware.unsupported(session.menu):
+    for note in (*hardware.unsupported(session.menu), *session.notes()):
         facts.add_row("note", note)
     if session.config.dataset == "embedded":
         changed, modules = differs_from_card()
@@ -276,10 +262,10 @@ def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
     session, config = run.session, run.config
     heldout = session.evaluator("heldout")
     maps: dict[str, tuple[NDArray[np.int64], int]] = {}
-    for key, name in (("16", "bf16"), ("8", "uniform8"), ("4", "uniform4"), ("3", "uniform3")):
+    for name, key in UNIFORM.items():
         if key in problem.menu.keys:
             maps[name] = (problem.uniform(key), 0)
-    for name in _BASELINES:
+    for name in BASELINES:
         if name != run.agent.name:
             found = agents.make(name).search(problem, evaluations=1, seed=config.seed)
             maps[name] = (found.assignment, found.evaluations)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.config import SearchConfig
@@ -26,6 +26,20 @@ if TYPE_CHECKING:
     from dmpq.moe import MoEModel
 
 GIGABYTE: Final = 1e9
+_LARGEST_WEIGHT: Final = 1e6
+_LEAST_AND_MOST: Final[Mapping[str, tuple[int, int]]] = {
+    "evaluations": (1, 10**9),
+    "seed": (0, 2**32 - 1),
+    "batch": (1, 10**9),
+    "context": (1, 10**9),
+    "profile_tokens": (1, 10**12),
+    "search_tokens": (1, 10**12),
+    "selection_tokens": (1, 10**12),
+    "heldout_tokens": (1, 10**12),
+    "sequence_length": (2, 10**9),
+    "threads": (1, 1024),
+}
+"""Whole numbers of the configuration; numpy and the RL libraries take seeds of 32 bits."""
 _LONGEST_WINDOW: Final = 2048
 
 Progress = Callable[[str, int, int], None]
@@ -79,6 +93,17 @@ class Session:
             energy_j=c.energy_j,
         )
 
+    @cached_property
+    def weights(self) -> Weights:
+        """The weights of the reward's terms."""
+        weights = Weights.parse(self.config.weights)
+        if not 0 < weights.as_array().max() <= _LARGEST_WEIGHT:
+            raise InputError(
+                f"--weights {self.config.weights} cannot tell maps apart; give at least one "
+                f"weight above 0, and none above {_LARGEST_WEIGHT:g}."
+            )
+        return weights
+
     @property
     def _certain_constraints(self) -> Constraints:
         """The limits that can be checked before the routing is known.
@@ -121,10 +146,41 @@ class Session:
             raise InputError(
                 f"--sequence-length {length} does not suit {c.model}; give 2 to {limit}."
             )
+        saved = None if c.profile is None else self._saved_profile
         tokens = TokenRequest(
-            c.profile_tokens, c.search_tokens, c.selection_tokens, c.heldout_tokens
+            c.profile_tokens if saved is None else 0,
+            c.search_tokens,
+            c.selection_tokens,
+            c.heldout_tokens,
         )
-        return load_splits(c.dataset, tokenizer, length=length, tokens=tokens, seed=c.seed)
+        splits = load_splits(
+            c.dataset,
+            tokenizer,
+            length=length,
+            tokens=tokens,
+            seed=c.seed,
+            taken=None if saved is None else saved.drawn,
+        )
+        roles = (splits.profile, splits.search, splits.selection, splits.heldout)
+        largest = max(int(role.max()) for role in roles if role.size)
+        known = moe.model.get_input_embeddings().weight.shape[0]
+        if largest >= known:
+            raise InputError(
+                f"The tokenizer of {c.model} gives token {largest}, and the model knows {known} "
+                "tokens; put the tokenizer that belongs to the model into its folder."
+            )
+        return splits
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user should know of a saved profile's text, one sentence each."""
+        if self.config.profile is None:
+            return ()
+        drawn = self._saved_profile.drawn
+        if drawn is None:
+            return ("the profile does not say what text it has seen; the search may use it again",)
+        if drawn.stream != self.splits.drawn.stream:
+            return (f"the profile was measured on another text ({self._saved_profile.text})",)
+        return ()
 
     @cached_property
     def bank(self) -> Bank:
@@ -154,17 +210,21 @@ class Session:
     def profile(self) -> Profile:
         """Return the saved profile that the configuration names, or measure one."""
         if self.config.profile is not None:
-            return self._saved_profile(Path(self.config.profile))
+            return self._saved_profile
         from dmpq.profiling import measure_profile
 
         return measure_profile(
             self.evaluator("profile"),
             text=self.splits.source,
+            drawn=self.splits.drawn,
             projections=self.config.serve == "projection",
             progress=lambda done, total: self.progress("profiling", done, total),
         )
 
-    def _saved_profile(self, path: Path) -> Profile:
+    @cached_property
+    def _saved_profile(self) -> Profile:
+        path = self.config.profile
+        assert path is not None
         profile = Profile.load(path)
         if profile.menu != self.menu:
             raise InputError(
@@ -176,6 +236,11 @@ class Session:
             raise InputError(
                 f"The profile {path} belongs to other weights than {self.config.model}'s; "
                 "measure it again by leaving --profile out."
+            )
+        if replace(profile.spec, name=self.moe.spec.name) != self.moe.spec:
+            raise InputError(
+                f"The profile {path} describes other layers or experts than {self.config.model} "
+                "has; measure it again by leaving --profile out."
             )
         return profile
 
@@ -202,7 +267,7 @@ class Session:
             hardware=self.hardware,
             cost_spec=self.cost_spec(profile.spec),
             workload=self.workload,
-            weights=Weights.parse(c.weights),
+            weights=self.weights,
             constraints=self.constraints if profile.tokens else self._certain_constraints,
             serve=c.serve,  # type: ignore[arg-type]
             **({} if evaluator is None else {"evaluator": evaluator}),
@@ -216,25 +281,32 @@ class Session:
             InputError: If a name is unknown, a number makes no sense, or a limit cannot be met.
         """
         c = self.config
-        Weights.parse(c.weights)
-        _ = self.hardware, self.menu, self.workload, self.constraints
+        check_numbers(c)
+        _ = self.weights, self.hardware, self.menu, self.workload, self.constraints
         if c.geometry != "own":
             load_geometry(c.geometry)
-        if c.evaluations < 1:
-            raise InputError(
-                f"--evaluations {c.evaluations} leaves the agent nothing to ask; give 1 or more."
-            )
-        for name in ("profile_tokens", "search_tokens", "selection_tokens", "heldout_tokens"):
-            if getattr(c, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} {getattr(c, name)} leaves no text; give 1 or more.")
-        if c.seed < 0:
-            raise InputError(f"--seed {c.seed} is negative; give 0 or more.")
         if c.profile is None:
             self.problem(_empty_profile(self.moe.spec, self.menu))
         else:
-            self.problem(self._saved_profile(Path(c.profile)))
+            self.problem(self._saved_profile)
         _ = self.splits
+
+
+def check_numbers(config: SearchConfig) -> None:
+    """Refuse numbers of no sense.
+
+    Raises:
+        InputError: With the flag, the value and what is allowed.
+    """
+    for name, (least, most) in _LEAST_AND_MOST.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {value} makes no sense; give {least} to {most:,}.")
+    if not 0 <= config.bank_memory_gb < math.inf:
+        raise InputError(
+            f"--bank-memory-gb {config.bank_memory_gb} is no amount of memory; give 0 or more."
+        )
 
 
 def _empty_profile(spec: ModelSpec, menu: Menu) -> Profile:

@@ -11,13 +11,13 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.config import SearchConfig
-from dmpq.console import quiet_libraries
-from dmpq.errors import InputError
+from dmpq.console import INTERRUPTED, plain_console, quiet_libraries, refuse
+from dmpq.errors import InputError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from dmpq.bitmap import BitMap
@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hw", help="device or device file (default: the one the map names)")
     parser.add_argument("--dataset", default=defaults["dataset"], help="as in the search")
     parser.add_argument("--heldout-tokens", type=int, default=defaults["heldout_tokens"])
+    parser.add_argument("--sequence-length", type=int, default=None)
+    parser.add_argument("--device", default=defaults["device"])
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-    from rich.console import Console
-
     from dmpq.bitmap import BitMap
 
     try:
@@ -50,10 +50,20 @@ def main(argv: list[str] | None = None) -> int:
         quiet_libraries()
         found = replay(bitmap, arguments)
     except InputError as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False)
-        return 2
+        return refuse(error)
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refuse(
+            f"There is not enough memory ({first_line(error)}); ask for fewer --heldout-tokens."
+        )
+    except KeyboardInterrupt:
+        return INTERRUPTED
     claimed = {**bitmap.metrics["predicted"], **bitmap.metrics["measured"]}
-    return _compare(claimed, found, Console(highlight=False))
+    return _compare(claimed, found, plain_console())
 
 
 def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
@@ -69,10 +79,8 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from dmpq.session import Session
+    from dmpq.session import Session, check_numbers
 
-    if arguments.threads is not None and arguments.threads > 0:
-        torch.set_num_threads(arguments.threads)
     workload = bitmap.workload
     config = SearchConfig(
         hw=arguments.hw or bitmap.hardware["name"],
@@ -87,11 +95,15 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         batch=workload["batch"],
         context=workload["context"],
         heldout_tokens=arguments.heldout_tokens,
-        profile_tokens=0,
-        search_tokens=0,
-        selection_tokens=0,
+        sequence_length=arguments.sequence_length,
+        device=arguments.device,
+        threads=arguments.threads,
     )
-    session = Session(config)
+    check_numbers(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    session = Session(replace(config, profile_tokens=0, search_tokens=0, selection_tokens=0))
+    _ = session.hardware, session.workload
     if session.moe.fingerprint != bitmap.model["fingerprint"]:
         raise InputError(
             f"The bit map was made for weights {bitmap.model['fingerprint'][:12]}..., "

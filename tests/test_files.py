@@ -1,9 +1,11 @@
 import os
 import stat
 
+import numpy as np
 import pytest
+from safetensors.numpy import load
 
-from dmpq.files import JsonLines, replace_atomically
+from dmpq.files import JsonLines, replace_atomically, safetensors_bytes
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
@@ -48,3 +50,10 @@ def test_a_journal_refuses_what_json_cannot_hold(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         journal.append({"a": float("nan")})
     journal.close()
+
+
+def test_arrays_are_written_as_they_read_not_as_they_lie():
+    table = np.arange(6.0).reshape(2, 3)
+    again = load(safetensors_bytes({"column": table[:, 0], "transposed": table.T}))
+    np.testing.assert_array_equal(again["column"], [0.0, 3.0])
+    np.testing.assert_array_equal(again["transposed"], table.T)

@@ -9,15 +9,18 @@ calibration never hit) become -1, what is unknown becomes 0. Every transform is 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from dmpq.problem import Problem
+from dmpq.hw_models import Workload
+from dmpq.objective import Baselines, Constraints, Weights
+from dmpq.profile import Profile
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 _NORMAL_IQR: Final = 1.349
 """Interquartile range of a standard normal distribution."""
@@ -26,23 +29,35 @@ _LEAST_SPREAD: Final = 0.1
 """Spreads below this (10% on a log scale) are not blown up."""
 
 
-def rows(problem: Problem) -> dict[str, Floats]:
+def rows(
+    profile: Profile,
+    *,
+    sensitivity: Floats,
+    weights: Ints,
+    mean: Callable[[Floats], Floats],
+    projections: bool,
+) -> dict[str, Floats]:
     """Return each decision's features, name → (D,) in [-1, 1].
 
     Where decisions are layers, statistics are means over their experts; ``projection`` is -1 for
     gate+up, 1 for down, and 0 for both.
+
+    Args:
+        profile: The experts' statistics.
+        sensitivity: KL when only this decision is in a format, (D, B).
+        weights: Number of weights that each decision covers, (D,).
+        mean: Takes experts' values, (N,), to their means over each decision, (D,).
+        projections: Whether decisions are projections, gate+up and down in turn.
     """
-    profile, mean = problem.profile, problem.per_decision
-    experts = problem.spec.num_experts
-    last = max(len(problem.spec.moe_layers) - 1, 1)
-    split = problem.serve == "projection"
+    spec = profile.spec
+    last = max(len(spec.moe_layers) - 1, 1)
     return {
         "frequency": log_standardised(mean(profile.frequency)),
         "routing_weight": log_standardised(mean(profile.routing_weight)),
         "contribution": log_standardised(mean(profile.contribution)),
         **{
             f"sensitivity_{key}": log_standardised(column)
-            for key, column in zip(problem.menu.keys, problem.sensitivity.T, strict=True)
+            for key, column in zip(profile.menu.keys, sensitivity.T, strict=True)
         },
         "output_error": log_standardised(mean(profile.output_error[:, 0])),
         "proxy": log_standardised(mean(profile.proxy[:, 0])),
@@ -52,35 +67,55 @@ def rows(problem: Problem) -> dict[str, Floats]:
         "max_row_variance": log_standardised(mean(profile.max_row_variance)),
         "router_norm": log_standardised(mean(profile.router_norm)),
         "router_norm_change": standardised(mean(profile.router_norm_change)),
-        "depth": signed_share(mean(problem.spec.layer_of_expert.astype(np.float64)), last),
-        "size": log_standardised(problem.decision_weights.astype(np.float64)),
-        "projection": np.tile([-1.0, 1.0], experts) if split else np.zeros(problem.num_decisions),
+        "depth": signed_share(mean(spec.layer_of_expert.astype(np.float64)), last),
+        "size": log_standardised(weights.astype(np.float64)),
+        "projection": (
+            np.tile([-1.0, 1.0], spec.num_experts) if projections else np.zeros(len(weights))
+        ),
     }
 
 
-def context(problem: Problem) -> NDArray[np.float32]:
+def context(
+    profile: Profile,
+    *,
+    sizes: Ints,
+    ratios: Floats,
+    baselines: Baselines,
+    constraints: Constraints,
+    weights: Weights,
+    workload: Workload,
+) -> NDArray[np.float32]:
     """Return the problem as a whole, float32 (C,) in [-1, 1].
 
     The bit budget between the narrowest and the widest map; limits on memory, latency and energy
     relative to the baselines (1 for none); the reward's weights; each format's damage, latency,
     memory and energy, relative to the largest of each; phase, batch and context.
+
+    Args:
+        profile: The experts' statistics.
+        sizes: Stored bits of each decision in each format, (D, B).
+        ratios: Each decision's share of damage, latency, memory and energy, (D, B, 4).
+        baselines: What the reward's terms are relative to.
+        constraints: Upper limits.
+        weights: Of the reward's terms.
+        workload: What a step is.
     """
-    base, given, load = problem.baselines, problem.constraints.given(), problem.workload
-    least, most = (float(e.sum()) for e in (problem.sizes.min(1), problem.sizes.max(1)))
-    budget = given.get("avg_bits", math.inf) * problem.num_weights
+    given = constraints.given()
+    least, most = (float(e.sum()) for e in (sizes.min(1), sizes.max(1)))
+    budget = given.get("avg_bits", math.inf) * profile.spec.expert_parameters
     room = min(max((budget - least) / (most - least), 0.0), 1.0) if most > least else 1.0
-    prices = (problem.profile.uniform_kl, *problem.linear_ratios[:, :, 1:].mean(0).T)
+    prices = (profile.uniform_kl, *ratios[:, :, 1:].mean(0).T)
     shares = [signed_share(p.clip(0), float(p.max()) if p.max() > 0 else 1.0) for p in prices]
     values = [
         2 * room - 1,
-        squashed(given.get("memory_bytes", math.inf) / base.memory_bytes),
-        squashed(given.get("latency_s", math.inf) / base.latency_s),
-        squashed(given.get("energy_j", math.inf) / base.energy_j),
-        *map(squashed, problem.weights.as_array().tolist()),
+        squashed(given.get("memory_bytes", math.inf) / baselines.memory_bytes),
+        squashed(given.get("latency_s", math.inf) / baselines.latency_s),
+        squashed(given.get("energy_j", math.inf) / baselines.energy_j),
+        *map(squashed, weights.as_array().tolist()),
         *np.concatenate(shares).tolist(),
-        1.0 if load.phase == "prefill" else -1.0,
-        math.tanh(math.log2(load.batch) / 8),
-        math.tanh(math.log2(load.context) / 16),
+        1.0 if workload.phase == "prefill" else -1.0,
+        math.tanh(math.log2(workload.batch) / 8),
+        math.tanh(math.log2(workload.context) / 16),
     ]
     clipped: NDArray[np.float32] = np.clip(values, -1, 1).astype(np.float32)
     return clipped

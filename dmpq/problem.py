@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, Literal, cast, get_args
+from typing import Final, Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,8 @@ from dmpq.errors import InputError, unknown
 from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
-from dmpq.objective import Baselines, Constraints, Weights, reward_terms, shown
+from dmpq.limits import BITS_PER_BYTE, exact_limits, refuse_impossible, within
+from dmpq.objective import Baselines, Constraints, Weights, reward_terms
 from dmpq.profile import Profile
 from dmpq.projection import Projection
 from dmpq.spec import ModelSpec
@@ -25,10 +26,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Assignments = NDArray[np.integer]
 
-_BITS_PER_BYTE: Final = 8
 _BASELINE_WIDTH: Final = 8
-ROUNDING: Final = 1e-12
-"""Share by which a cost may exceed its limit: the rounding of sums."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +56,32 @@ class Scores:
     tokens: float
 
 
+class _OwnSurrogate(SurrogateEvaluator):
+    """What a problem is given when nobody names an evaluator: its own profile's surrogate."""
+
+
+class _EvaluatorField:
+    """Gives an evaluator for the ``None`` it was set to.
+
+    A surrogate that stood in for ``None`` is set as ``None`` again, so that
+    ``dataclasses.replace(problem, profile=other)`` does not keep the old profile's.
+    """
+
+    @overload
+    def __get__(self, problem: None, owner: type[Problem]) -> None: ...
+
+    @overload
+    def __get__(self, problem: Problem, owner: type[Problem]) -> Evaluator: ...
+
+    def __get__(self, problem: Problem | None, owner: type[Problem]) -> Evaluator | None:
+        # Of the class itself, dataclass asks for the default.
+        return None if problem is None else problem.__dict__["evaluator"]
+
+    def __set__(self, problem: Problem, given: Evaluator | None) -> None:
+        own = given is None or isinstance(given, _OwnSurrogate)
+        problem.__dict__["evaluator"] = _OwnSurrogate(problem.profile) if own else given
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
     """A search problem: N experts, D decisions, B formats.
@@ -77,7 +101,7 @@ class Problem:
         weights: Of the reward's terms.
         constraints: Upper limits that no proposal exceeds.
         serve: What shares one format.
-        evaluator: Measures maps; by default the profile's additive surrogate.
+        evaluator: Measures maps; ``None``, the default, for the profile's additive surrogate.
         selector: Measures finalists on fresh text, for the final choice.
 
     Raises:
@@ -91,12 +115,10 @@ class Problem:
     weights: Weights = field(default_factory=Weights)
     constraints: Constraints = field(default_factory=lambda: Constraints(avg_bits=3.0))
     serve: Serve = "expert"
-    evaluator: Evaluator = None  # type: ignore[assignment]  # set in __post_init__
+    evaluator: _EvaluatorField = _EvaluatorField()
     selector: Evaluator | None = None
 
     def __post_init__(self) -> None:
-        if cast(Evaluator | None, self.evaluator) is None:
-            object.__setattr__(self, "evaluator", SurrogateEvaluator(self.profile))
         if self.serve not in get_args(Serve):
             raise unknown("serving granularity", self.serve, get_args(Serve))
         if not np.array_equal(self.cost_spec.layer_of_expert, self.spec.layer_of_expert):
@@ -104,7 +126,16 @@ class Problem:
                 f"Costs are to be computed for {self.cost_spec.name}, which has other layers or "
                 f"experts than {self.spec.name}; use its widths only (with_widths_of)."
             )
-        self._check_limits()
+        refuse_impossible(
+            self.constraints,
+            self._projection,
+            costs=self.costs,
+            smallest=self._cost_sizes.argmin(1),
+            num_weights=self.num_weights,
+            narrowest=self.menu.keys[0],
+            geometry=self.cost_spec.name,
+            device=self.hardware.name,
+        )
 
     @property
     def spec(self) -> ModelSpec:
@@ -193,14 +224,12 @@ class Problem:
 
     def effective_bits(self, assignments: Assignments) -> Floats:
         """Return stored bits per expert weight of maps (K, D), scales included, (K,)."""
-        bits: Floats = self._stored(self.sizes[None], assignments)[0] / self.num_weights
-        return bits
+        return self._stored(assignments) / self.num_weights
 
-    @staticmethod
-    def _stored(sizes: Ints, assignments: Assignments) -> Ints:
-        """Return what maps (K, D) take of each limit, sizes (C, D, B): (C, K)."""
-        taken: Ints = sizes[:, np.arange(sizes.shape[1]), assignments].sum(2)
-        return taken
+    def _stored(self, assignments: Assignments) -> Ints:
+        """Return stored bits of maps (K, D), (K,)."""
+        bits: Ints = self.sizes[np.arange(self.num_decisions), assignments].sum(1)
+        return bits
 
     def costs(self, assignments: Assignments) -> Cost:
         """Return the costs of maps (K, D), by the full cost model."""
@@ -272,7 +301,7 @@ class Problem:
             [
                 self.sensitivity / base.damage,
                 self.linear_latency / base.latency_s,
-                self._cost_sizes / _BITS_PER_BYTE / base.memory_bytes,
+                self._cost_sizes / BITS_PER_BYTE / base.memory_bytes,
                 self.linear_energy / base.energy_j,
             ],
             axis=2,
@@ -284,34 +313,23 @@ class Problem:
 
         Effective bits on the model itself, then memory at the cost geometry; each where set.
         """
-        sizes, limits = [], []
-        if self.constraints.avg_bits is not None:
-            sizes.append(self.sizes)
-            bits = self.constraints.avg_bits * self.num_weights
-            limits.append(math.floor(min(bits, self.sizes.max(1).sum())))
-        if self.constraints.memory_bytes is not None:
-            fixed = float(self._uniform_costs.memory_bytes[0])
-            fixed -= float(self._cost_sizes[:, 0].sum()) / _BITS_PER_BYTE
-            left = (self.constraints.memory_bytes - fixed) * _BITS_PER_BYTE
-            sizes.append(self._cost_sizes)
-            bits = left + ROUNDING * abs(left)
-            limits.append(math.floor(min(bits, self._cost_sizes.max(1).sum())))
-        shape = (len(sizes), *self.sizes.shape)
-        return np.array(sizes, np.int64).reshape(shape), np.array(limits, np.int64)
+        fixed = float(self._uniform_costs.memory_bytes[0])
+        fixed -= float(self._cost_sizes[:, 0].sum()) / BITS_PER_BYTE
+        return exact_limits(
+            self.constraints,
+            sizes=self.sizes,
+            num_weights=self.num_weights,
+            cost_sizes=self._cost_sizes,
+            fixed_bytes=fixed,
+        )
 
     def feasible(self, assignments: Assignments) -> NDArray[np.bool_]:
         """Return whether maps (K, D) meet every limit, (K,)."""
         return self._within(assignments, self.costs(assignments))
 
     def _within(self, assignments: Assignments, cost: Cost) -> NDArray[np.bool_]:
-        within = np.ones(len(assignments), np.bool_)
-        for name, limit in self.constraints.given().items():
-            if name == "avg_bits":
-                stored = self._stored(self.sizes[None], assignments)[0]
-                within &= stored <= limit * self.num_weights
-            else:
-                within &= getattr(cost, name) <= limit * (1 + ROUNDING)
-        return within
+        bits = self._stored(assignments)
+        return within(self.constraints, bits, cost, num_weights=self.num_weights)
 
     def linear_values(self, log_importance: Floats | None = None) -> Floats:
         """Return the linearised negative reward of each decision and format, (D, B).
@@ -357,7 +375,20 @@ class Problem:
 
     @cached_property
     def _projection(self) -> Projection:
-        return Projection(self)
+        exact, limits = self.linear_limits
+        priced = {}
+        if self.constraints.latency_s is not None:
+            priced["latency_s"] = self.linear_latency / self.constraints.latency_s
+        if self.constraints.energy_j is not None:
+            priced["energy_j"] = self.linear_energy / self.constraints.energy_j
+        return Projection(
+            sizes=self.sizes,
+            exact=exact,
+            limits=limits,
+            priced=priced,
+            unhit=self.unhit,
+            feasible=self.feasible,
+        )
 
     def evaluate(self, assignments: Assignments) -> Scores:
         """Return the true scores of maps (K, D)."""
@@ -384,50 +415,15 @@ class Problem:
             tokens=found.tokens,
         )
 
-    def _check_limits(self) -> None:
-        """Refuse limits that no map meets, naming the least that can be reached."""
-        given = self.constraints.given()
-        least: dict[str, float] = {}
-        if "avg_bits" in given:
-            least["avg_bits"] = float(self.sizes.min(1).sum() / self.num_weights)
-        if "memory_bytes" in given:
-            narrow = self._cost_sizes.argmin(1)
-            least["memory_bytes"] = float(self.costs(narrow[None]).memory_bytes[0])
-        self._refuse_below(least)
-        if not self._projection.priced:
-            if len(given) > 1:
-                self._projection.solve(np.zeros(self.sizes.shape))
-            return
-        cost = self.costs(self._projection.cheap_maps)
-        self._refuse_below(
-            {name: float(getattr(cost, name).min()) for name in self._projection.priced}
-        )
-        if not len(self._projection.cheapest):
-            limits = " and ".join(" ".join(shown(name, value)) for name, value in given.items())
-            raise InputError(
-                f"No map was found that meets {limits} together, though each alone can be met; "
-                "raise one of them."
-            )
-
-    def _refuse_below(self, least: dict[str, float]) -> None:
-        for name, value in least.items():
-            limit = self.constraints.given()[name]
-            if limit * (1 + ROUNDING) >= value:
-                continue
-            flag, given = shown(name, limit)
-            remedy = "raise it, or offer narrower formats with --bits"
-            what = {
-                "avg_bits": f"the effective bits of uniform {self.menu.keys[0]} "
-                "(scales and zero-points included)",
-                "memory_bytes": f"the memory in GB of the smallest map at {self.cost_spec.name}",
-                "latency_s": f"the least time in ms that was found on {self.hardware.name}",
-                "energy_j": f"the least energy in J that was found on {self.hardware.name}",
-            }[name]
-            raise InputError(f"{flag} {given} is below {shown(name, value)[1]}, {what}; {remedy}.")
-
     @cached_property
     def _named_features(self) -> dict[str, Floats]:
-        return features.rows(self)
+        return features.rows(
+            self.profile,
+            sensitivity=self.sensitivity,
+            weights=self.decision_weights,
+            mean=self.per_decision,
+            projections=self.serve == "projection",
+        )
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -442,4 +438,12 @@ class Problem:
     @cached_property
     def context(self) -> NDArray[np.float32]:
         """What a policy sees of the problem as a whole, float32 (C,) in [-1, 1]."""
-        return features.context(self)
+        return features.context(
+            self.profile,
+            sizes=self.sizes,
+            ratios=self.linear_ratios,
+            baselines=self.baselines,
+            constraints=self.constraints,
+            weights=self.weights,
+            workload=self.workload,
+        )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,9 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError
 from dmpq.knapsack import Mckp, solve_mckp_multi
 
-if TYPE_CHECKING:
-    from dmpq.problem import Problem
-
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Assignments = NDArray[np.integer]
 
 _PRICE_STEP: Final = 8.0
 _PRICE_STEPS: Final = 12
@@ -30,19 +29,29 @@ _MAX_SUBSETS: Final = 7
 """Menus up to this size are searched for the cheapest map over all subsets, others over pairs."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Projection:
-    """The limits of a problem, as something to project onto.
+    """Limits, as something to project onto.
 
     Exact for limits on bits and memory. Latency and energy do not add up (a launch per width):
     one multiplier prices their linearised shares, each relative to its limit, and is bisected
     until the full cost model agrees; what is left of a limit is spent greedily.
 
-    Args:
-        problem: Whose limits.
+    Attributes:
+        sizes: Stored bits of each decision in each format, (D, B).
+        exact: What each format takes of each limit that adds up, (C, D, B).
+        limits: These limits, (C,).
+        priced: The limits that do not add up: name → linearised shares of them, (D, B).
+        unhit: Decisions that calibration says nothing about.
+        feasible: Says of maps, (K, D), whether they meet every limit, (K,).
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+    sizes: Ints
+    exact: Ints
+    limits: Ints
+    priced: Mapping[str, Floats]
+    unhit: Ints
+    feasible: Callable[[Assignments], NDArray[np.bool_]]
 
     def project(self, values: Floats) -> Ints:
         """Return the map of least value within every limit, (D,).
@@ -55,32 +64,20 @@ class Projection:
             values: (D, B), what each format costs in the objective; smaller is better.
         """
         choice = self.solve(values)
-        if self.priced and not self._problem.feasible(choice[None])[0]:
+        if self.priced and not self.feasible(choice[None])[0]:
             choice = self._spend(values, self._priced_choice(values))
         return self._widen_unhit(values, choice)
 
-    @property
-    def priced(self) -> dict[str, Floats]:
-        """Linearised shares of the limits that do not add up, relative to them: name → (D, B)."""
-        linear = {
-            "latency_s": self._problem.linear_latency,
-            "energy_j": self._problem.linear_energy,
-        }
-        given = self._problem.constraints.given()
-        return {name: linear[name] / given[name] for name in linear if name in given}
-
     @cached_property
     def _knapsack(self) -> Mckp:
-        sizes, limits = self._problem.linear_limits
-        if not len(limits):
-            return Mckp(self._problem.sizes, int(self._problem.sizes.max(1).sum()))
-        return Mckp(sizes[0], int(limits[0]))
+        if not len(self.limits):
+            return Mckp(self.sizes, int(self.sizes.max(1).sum()))
+        return Mckp(self.exact[0], int(self.limits[0]))
 
     def solve(self, values: Floats) -> Ints:
-        """Solve within the linear limits."""
-        sizes, limits = self._problem.linear_limits
-        if len(limits) > 1:
-            return solve_mckp_multi(values, sizes, limits)
+        """Return the map of least value within the limits that add up, (D,)."""
+        if len(self.limits) > 1:
+            return solve_mckp_multi(values, self.exact, self.limits)
         return self._knapsack.solve(values)
 
     def _priced_choice(self, values: Floats) -> Ints:
@@ -90,7 +87,7 @@ class Projection:
 
         def fits(price: float) -> bool:
             choice = self.solve(values + price * shares)
-            feasible = bool(self._problem.feasible(choice[None])[0])
+            feasible = bool(self.feasible(choice[None])[0])
             if feasible:
                 found.append(choice)
             return feasible
@@ -121,7 +118,7 @@ class Projection:
             maps = np.repeat(choice[None], len(order), axis=0)
             decisions, formats = np.unravel_index(order, gain.shape)
             maps[np.arange(len(order)), decisions] = formats
-            possible = np.flatnonzero(self._problem.feasible(maps)) if len(maps) else order
+            possible = np.flatnonzero(self.feasible(maps)) if len(maps) else order
             if not possible.size:
                 break
             choice = maps[possible[0]]
@@ -129,14 +126,10 @@ class Projection:
 
     def _widen_unhit(self, values: Floats, choice: Ints) -> Ints:
         """Widen experts that calibration never hit, in turn, by what nothing else can use."""
-        sizes, limits = self._problem.linear_limits
-        rows, order = (
-            np.arange(len(choice)),
-            np.argsort(self._problem.sizes, axis=1, kind="stable"),
-        )
-        waiting = self._problem.unhit.tolist()
+        order = np.argsort(self.sizes, axis=1, kind="stable")
+        waiting = self.unhit.tolist()
         choice = choice.copy()
-        spare = limits - sizes[:, rows, choice].sum(1)
+        spare = self.limits - self.exact[:, np.arange(len(choice)), choice].sum(1)
         while waiting:
             still = []
             for row in waiting:
@@ -144,12 +137,10 @@ class Projection:
                 wider = order[row][int(np.flatnonzero(order[row] == here)[0]) + 1 :]
                 if not wider.size or values[row, wider[0]] > values[row, here]:
                     continue
-                taken = sizes[:, row, wider[0]] - sizes[:, row, here]
+                taken = self.exact[:, row, wider[0]] - self.exact[:, row, here]
                 moved = choice.copy()
                 moved[row] = wider[0]
-                if (taken > spare).any() or (
-                    self.priced and not self._problem.feasible(moved[None])[0]
-                ):
+                if (taken > spare).any() or (self.priced and not self.feasible(moved[None])[0]):
                     continue
                 choice, spare = moved, spare - taken
                 still.append(row)
@@ -160,24 +151,23 @@ class Projection:
     def cheapest(self) -> Ints:
         """Feasible maps among the cheapest of every set of formats, (K, D); K may be 0."""
         maps = self.cheap_maps
-        return maps[self._problem.feasible(maps)]
+        return maps[self.feasible(maps)]
 
     @cached_property
     def cheap_maps(self) -> Ints:
         """The cheapest map of every set of formats, by linearised latency and energy, (K, D)."""
-        sizes, limits = self._problem.linear_limits
         found = []
-        for columns in _subsets(len(self._problem.menu)):
-            part = sizes[:, :, columns]
-            if (part.min(2).sum(1) > limits).any():
+        for columns in _subsets(self.sizes.shape[1]):
+            part = self.exact[:, :, columns]
+            if (part.min(2).sum(1) > self.limits).any():
                 continue
             for shares in self.priced.values():
                 priced = shares[:, columns]
                 try:
                     choice = (
-                        solve_mckp_multi(priced, part, limits)
-                        if len(limits)
-                        else (priced.argmin(1))
+                        solve_mckp_multi(priced, part, self.limits)
+                        if len(self.limits)
+                        else priced.argmin(1)
                     )
                 except InputError:
                     continue

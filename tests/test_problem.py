@@ -1,6 +1,8 @@
 """The problem: exact budgets, projections within every limit, features, and refusals."""
 
+import copy
 import itertools
+import pickle
 import time
 from dataclasses import replace
 
@@ -9,9 +11,9 @@ import pytest
 from factories import make_problem, make_profile, make_spec
 
 from dmpq.errors import InputError
-from dmpq.evaluation import Evaluations
+from dmpq.evaluation import Evaluations, SurrogateEvaluator
 from dmpq.formats import Menu
-from dmpq.objective import Constraints
+from dmpq.objective import Constraints, Weights
 from dmpq.spec import load_geometry
 
 SERVES = ["expert", "projection", "layer"]
@@ -188,9 +190,44 @@ def test_a_profile_of_zeros_is_a_problem():
     zero = np.zeros_like(profile.sensitivity)
     empty = replace(profile, sensitivity=zero, uniform_kl=zero[0], projection_sensitivity=None)
     problem = make_problem(avg_bits=3.0)
-    problem = replace(problem, profile=empty, evaluator=None)
+    problem = replace(problem, profile=empty)
     assert np.isfinite(problem.features).all()
     assert problem.evaluate(problem.mckp()[None]).feasible.all()
+
+
+def test_the_default_evaluator_follows_the_profile():
+    problem = make_problem()
+    assert problem.evaluator.name == "surrogate"
+    other = make_profile(seed=1)
+    maps = problem.mckp()[None]
+    for changed in (
+        replace(problem, profile=other),
+        replace(replace(problem, profile=other), weights=Weights()),
+        replace(problem, profile=other, evaluator=None),
+    ):
+        assert changed.evaluate(maps).kl == SurrogateEvaluator(other).evaluate(maps).kl
+        assert changed.evaluate(maps).kl != problem.evaluate(maps).kl
+
+
+def test_an_evaluator_that_was_given_is_kept():
+    given = SurrogateEvaluator(make_profile(seed=1))
+    problem = replace(make_problem(), evaluator=given)
+    assert problem.evaluator is given
+    assert replace(problem, profile=make_profile(seed=2)).evaluator is given
+    assert replace(problem, evaluator=None).evaluator is not given
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_copies_and_pickles(twin):
+    problem = make_problem(latency_s=1.0)
+    again = twin(problem)
+    np.testing.assert_array_equal(again.mckp(), problem.mckp())
+    maps = problem.mckp()[None]
+    assert again.evaluate(maps).reward == problem.evaluate(maps).reward
+    other = make_profile(seed=1)
+    assert replace(again, profile=other).evaluate(maps).kl == (
+        SurrogateEvaluator(other).evaluate(maps).kl
+    )
 
 
 def test_baselines_without_eight_bits_are_the_widest_quantized():

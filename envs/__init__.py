@@ -36,10 +36,10 @@ ENVIRONMENTS: Final = {
 
 
 def register() -> None:
-    """Register the environments with Gymnasium; calling it again changes nothing."""
+    """Register the environments with Gymnasium, as ``import dmpq`` does.
+
+    Calling it again changes nothing.
+    """
     for name, entry_point in ENVIRONMENTS.items():
         if name not in gym.registry:
             gym.register(name, entry_point=entry_point)
-
-
-register()

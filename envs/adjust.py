@@ -26,7 +26,7 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
     `Discrete(2 * G)` with G groups; each decision is a group of its own unless `groups` is set.
     Action `2 * g` moves group `g` down, `2 * g + 1` up; members at the end of the menu stay.
     `action_masks()` marks the moves that change the map and keep it within every limit. Any other
-    action leaves the map as it is, and `info["invalid_action"]` says so.
+    move leaves the map as it is, and `info["invalid_action"]` says so.
 
     ## Observation Space
 
@@ -102,13 +102,12 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
         """Steps in an episode: two per group."""
         return 2 * len(self._groups)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Start from the knapsack's map, or from ``options["assignment"]``."""
-        super().reset(seed=seed)
-        self._position = 0
-        self._map = self._start((options or {}).get("assignment"))
+    @property
+    def _allowed(self) -> str:
+        return f"an integer from 0 to {2 * len(self._groups) - 1}: 2 * group, + 1 to move it up"
+
+    def _begin(self, options: dict[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        self._map = self._start(options.get("assignment"))
         return self._arrive()
 
     def _start(self, asked: Any) -> NDArray[np.int64]:
@@ -127,8 +126,7 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
             )
         return start
 
-    def step(self, action: np.int64) -> Step:
-        """Move one group."""
+    def _step(self, action: NDArray[Any]) -> Step:
         moved = self._moved(int(action))
         valid = bool((moved != self._map).any()) and self._feasible(moved)
         before, terms = self._objective, self._terms
@@ -167,6 +165,10 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
         costs = cost_summary(self.problem, scores, budget_left=self._budget_left())
         widths = self.problem.menu.bits[self._map] / 16
         return np.concatenate([self._fixed, widths, costs, left], dtype=np.float32), info
+
+    def _decided(self, position: int) -> int:
+        del position
+        return self.problem.num_decisions
 
     def _totals(self) -> tuple[float, ...]:
         return ()

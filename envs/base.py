@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Final, TypeVar, Unpack, get_args
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 from numpy.typing import NDArray
 
 from dmpq.envs import render
@@ -54,6 +56,10 @@ class EnvState:
 class BitMapEnv(gym.Env[Observation, ActType], ABC):
     """Base of the environments; see the leaves for their contracts.
 
+    An action outside the action space is refused, except that a box takes any finite numbers: the
+    leaf says what becomes of those beyond its bounds. A step before the first reset, or after the
+    end of an episode, is refused as Gymnasium does.
+
     Args:
         problem: A problem made in Python; without it, one is made from ``settings``.
         score: Replaces ``problem.evaluate``, for example by a recorder that counts evaluations:
@@ -89,11 +95,60 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         self._parts = NamedParts(self.problem) if observation == "dict" else None
         self._bit_capacity = _bit_capacity(self.problem)
         self._floor: float | None = None
+        self._started = False
         self._position = 0
         self._map = self._blank()
 
     def _blank(self) -> NDArray[np.int64]:
         return np.full(self.problem.num_decisions, render.UNDECIDED)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode; nothing is random. For options see the class.
+
+        Raises:
+            InputError: If an option is not possible here.
+        """
+        super().reset(seed=seed)
+        self._started = False
+        self._position = 0
+        self._map = self._blank()
+        beginning = self._begin(options or {})
+        self._started = True
+        return beginning
+
+    def step(self, action: ActType) -> Step:
+        """Take one step; see the class.
+
+        Raises:
+            InputError: If the action is outside the action space.
+            gymnasium.error.ResetNeeded: If no episode has begun, or it is over.
+        """
+        checked = self._checked(action)
+        if not self._started:
+            raise gym.error.ResetNeeded("No episode has begun: call reset() before step().")
+        if self._position >= self.horizon:
+            raise gym.error.ResetNeeded("The episode is over: call reset() before step().")
+        return self._step(checked)
+
+    def _checked(self, action: Any) -> NDArray[Any]:
+        """Return the action as an array of the space's shape, or refuse it."""
+        space: spaces.Space[Any] = self.action_space
+        try:
+            given = np.asarray(action)
+        except (TypeError, ValueError):  # a ragged list
+            given = np.asarray(None)
+        wrong = action if given.dtype == object else given.tolist()
+        subject = "The action"
+        kinds = "biuf" if isinstance(space, spaces.Box) else "biu"
+        if given.shape == space.shape and given.dtype.kind in kinds:
+            possible = _possible(space, given)
+            if possible.all():
+                return given
+            wrong = given[~possible][0].item()
+            subject = "An entry of the action" if given.ndim else subject
+        raise InputError(f"{subject} is {reprlib.repr(wrong)}; it must be {self._allowed}.")
 
     def _evaluate(self, assignment: NDArray[np.int64]) -> tuple[Scores, float, dict[str, Any]]:
         """Return a finished map's scores, its reward, and what ``info`` says of it."""
@@ -166,21 +221,50 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
             len(state.assignment) == self.problem.num_decisions
             and all(-1 <= index < len(self.problem.menu) for index in state.assignment)
             and len(state.totals) == len(self._totals())
-            and 0 <= state.position <= self.horizon
         )
         if not fits:
             raise InputError(
                 f"The state is of another environment: this one has {self.problem.num_decisions} "
                 f"decisions among {len(self.problem.menu)} formats."
             )
+        if not 0 <= state.position <= self.horizon:
+            raise InputError(
+                f"The state is at position {state.position}; an episode of this environment has "
+                f"positions from 0 to {self.horizon}."
+            )
+        decided = self._decided(state.position)
+        undecided = [index < 0 for index in state.assignment]
+        if any(undecided[:decided]) or not all(undecided[decided:]):
+            raise InputError(
+                f"The state is at position {state.position}, where this environment has taken "
+                f"the first {decided} decisions and no other; the assignment has not."
+            )
         self._position = state.position
         self._map = np.array(state.assignment, dtype=np.int64)
+        self._started = True
         return self._restore(state.totals)
 
     @property
     @abstractmethod
     def horizon(self) -> int:
         """Steps in an episode."""
+
+    @property
+    @abstractmethod
+    def _allowed(self) -> str:
+        """What an action must be, in words."""
+
+    @abstractmethod
+    def _begin(self, options: dict[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        """Start an episode on a blank map."""
+
+    @abstractmethod
+    def _step(self, action: NDArray[Any]) -> Step:
+        """Take one step; the action has the space's shape and lies in it."""
+
+    @abstractmethod
+    def _decided(self, position: int) -> int:
+        """Return how many decisions, counted from the first, are taken at a position."""
 
     @abstractmethod
     def _totals(self) -> tuple[float, ...]:
@@ -200,6 +284,15 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         decided = int((self._map >= 0).sum())
         title = f"{decided} of {len(self._map)} decisions, keys are bits"
         return render.table(self.problem, self._map, title)
+
+
+def _possible(space: spaces.Space[Any], given: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return which entries of an action are in the space, or finite where it is a box."""
+    if isinstance(space, spaces.Box):
+        return np.asarray(np.isfinite(given))
+    assert isinstance(space, spaces.Discrete | spaces.MultiDiscrete)
+    choices = space.n if isinstance(space, spaces.Discrete) else space.nvec
+    return np.asarray((given >= 0) & (given < choices))
 
 
 def _bit_capacity(problem: Problem) -> float:

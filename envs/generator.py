@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal, TypedDict, get_args
 
 from dmpq.errors import InputError, unknown
-from dmpq.evaluation import Evaluator, SurrogateEvaluator
+from dmpq.evaluation import Evaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Workload, load_hardware
 from dmpq.objective import Constraints, Weights
@@ -103,13 +103,14 @@ def make_problem(
             energy_j=energy_j,
         ),
         serve=serve,
-        evaluator=_make_evaluator(evaluator, known, profile),
+        evaluator=_make_evaluator(evaluator, profile),
     )
 
 
-def _make_evaluator(name: EvaluatorName, profile: Profile, path: str | None) -> Evaluator:
+def _make_evaluator(name: EvaluatorName, path: str | None) -> Evaluator | None:
+    """Return an evaluator by name; ``None`` stands for the problem's own surrogate."""
     if name == "surrogate":
-        return SurrogateEvaluator(profile)
+        return None
     if name != "model":
         raise unknown("evaluator", name, get_args(EvaluatorName))
     if path is not None:

@@ -26,7 +26,8 @@ class ExpertBitsImportanceEnv(OneStepEnv[NDArray[np.float32]]):
     ## Action Space
 
     `Box(-1, 1, (D,), float32)`. Action `a` stands for the log-importance `log_scale * a`; a
-    decision's sensitivity is multiplied by `exp(log_scale * a)`. Values outside are clipped.
+    decision's sensitivity is multiplied by `exp(log_scale * a)`. Finite values outside are
+    clipped: a Gaussian policy draws them, and not every learner clips them itself.
 
     ## Observation Space
 
@@ -77,10 +78,13 @@ class ExpertBitsImportanceEnv(OneStepEnv[NDArray[np.float32]]):
         self.log_scale = log_scale
         self.action_space = spaces.Box(-1.0, 1.0, (self.problem.num_decisions,), np.float32)
 
-    def _decide(self, action: NDArray[np.float32]) -> tuple[NDArray[np.int64], dict[str, Any]]:
-        values = np.asarray(action, dtype=np.float64)
-        if values.shape != self.action_space.shape or not np.isfinite(values).all():
-            raise InputError(
-                f"An action is {self.problem.num_decisions} finite numbers, one per decision."
-            )
-        return self.problem.propose(self.log_scale * np.clip(values, -1, 1)), {}
+    @property
+    def _allowed(self) -> str:
+        return (
+            f"{self.problem.num_decisions} finite numbers, one per decision, which count as -1 or "
+            "1 where they lie beyond"
+        )
+
+    def _decide(self, action: NDArray[Any]) -> tuple[NDArray[np.int64], dict[str, Any]]:
+        values = np.clip(action.astype(np.float64), -1, 1)
+        return self.problem.propose(self.log_scale * values), {}

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from dmpq.envs.base import EnvOptions
 from dmpq.envs.one_step import OneStepEnv
-from dmpq.errors import InputError
 
 
 class ExpertBitsJointEnv(OneStepEnv[NDArray[np.int64]]):
@@ -75,12 +74,12 @@ class ExpertBitsJointEnv(OneStepEnv[NDArray[np.int64]]):
         problem = self.problem
         self.action_space = spaces.MultiDiscrete([len(problem.menu)] * problem.num_decisions)
 
-    def _decide(self, action: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, Any]]:
-        wanted = np.asarray(action, dtype=np.int64)
-        if not self.action_space.contains(wanted):
-            raise InputError(
-                f"An action is {self.problem.num_decisions} menu indices, each from 0 to "
-                f"{len(self.problem.menu) - 1}."
-            )
+    @property
+    def _allowed(self) -> str:
+        problem = self.problem
+        return f"{problem.num_decisions} menu indices, each from 0 to {len(problem.menu) - 1}"
+
+    def _decide(self, action: NDArray[Any]) -> tuple[NDArray[np.int64], dict[str, Any]]:
+        wanted = action.astype(np.int64)
         nearest = self._nearest(wanted)
         return nearest, {"moved": int((nearest != wanted).sum())}

@@ -27,7 +27,7 @@ class OneStepEnv(BitMapEnv[ActType]):
         self.observation_space = space
 
     @abstractmethod
-    def _decide(self, action: ActType) -> tuple[NDArray[np.int64], dict[str, Any]]:
+    def _decide(self, action: NDArray[Any]) -> tuple[NDArray[np.int64], dict[str, Any]]:
         """Return the map that the action stands for, and what ``info`` says of the way there."""
 
     @property
@@ -35,17 +35,11 @@ class OneStepEnv(BitMapEnv[ActType]):
         """Steps in an episode: one."""
         return 1
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; nothing is random, and no options are known."""
-        super().reset(seed=seed)
-        self._position = 0
-        self._map = self._blank()
+    def _begin(self, options: dict[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        del options  # none are known
         return self._observe(None), {}
 
-    def step(self, action: ActType) -> Step:
-        """Decide about every expert at once; the episode ends."""
+    def _step(self, action: NDArray[Any]) -> Step:
         self._map, details = self._decide(action)
         self._position = 1
         scores, reward, info = self._evaluate(self._map)
@@ -58,6 +52,9 @@ class OneStepEnv(BitMapEnv[ActType]):
         if scores is None:
             return self._parts.observe(self._map, np.array([0, 0, 0, 0, 1], dtype=np.float32))
         return self._named(scores)
+
+    def _decided(self, position: int) -> int:
+        return position * self.problem.num_decisions
 
     def _totals(self) -> tuple[float, ...]:
         return ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, Unpack, get_args
 
-import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
@@ -107,7 +106,7 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
         # What the decisions after each one need at least.
         self._reserve = least[:, ::-1].cumsum(1)[:, ::-1] - least
         self._weights_taken = np.append(0, problem.decision_weights.cumsum())
-        self._begin()
+        self._restart()
         self.action_space = spaces.Discrete(len(problem.menu))
         space: spaces.Space[Any] = (
             box(self._fixed.shape[1] + _SCALARS)
@@ -121,26 +120,22 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
         """Steps in an episode: one per decision."""
         return len(self._map)
 
-    def _begin(self) -> None:
-        self._position = 0
-        self._map = self._blank()
+    @property
+    def _allowed(self) -> str:
+        return f"a menu index from 0 to {len(self.problem.menu) - 1}"
+
+    def _restart(self) -> None:
         self._used = np.zeros(len(self._capacity), dtype=np.int64)
         self._bits = 0
         self._sums = np.zeros(len(self._signs))
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; nothing is random, and no options are known."""
-        super().reset(seed=seed)
-        self._begin()
+    def _begin(self, options: dict[str, Any]) -> tuple[Observation, dict[str, Any]]:
+        del options  # none are known
+        self._restart()
         return self._observe(), {}
 
-    def step(self, action: np.int64) -> Step:
-        """Decide about the expert at hand."""
+    def _step(self, action: NDArray[Any]) -> Step:
         at = self._position
-        if at == self.horizon:
-            raise gym.error.ResetNeeded("The episode is over: call reset() before step().")
         asked = int(action)
         allowed = np.flatnonzero(self.action_masks())
         below = allowed[allowed <= asked]
@@ -210,6 +205,9 @@ class ExpertBitsEnv(BitMapEnv[np.int64]):
             at / count,
         )
         return observation
+
+    def _decided(self, position: int) -> int:
+        return position
 
     def _totals(self) -> tuple[float, ...]:
         return (*self._used.tolist(), self._bits, *self._sums.tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -209,11 +210,104 @@ def test_flat_observation_does_not_grow_with_the_model():
     assert len(shapes) == 1
 
 
-def test_stepping_past_the_end_is_refused(problem):
-    env = ExpertBitsEnv(problem=problem)
-    play(env, [0] * problem.num_decisions)
+INDEX_ENVS = ["dmpq/ExpertBits-v0", "dmpq/ExpertBitsAdjust-v0"]
+
+
+@pytest.mark.parametrize("name", INDEX_ENVS)
+@pytest.mark.parametrize("action", [-1, 99, 10**6, 10**30, 2.7, 2.0, np.float32(1), "1", [0]])
+def test_an_index_outside_the_space_is_refused(problem, name, action):
+    env = gym.make(name, problem=problem).unwrapped
+    env.reset()
+    before = env.state()
+    with pytest.raises(InputError, match=r"The action is .*; it must be an? .* from 0 to \d+"):
+        env.step(action)
+    assert env.state() == before
+
+
+@pytest.mark.parametrize("make", [int, np.int64, np.uint8, np.array])
+@pytest.mark.parametrize("name", INDEX_ENVS)
+def test_any_kind_of_integer_is_an_index(problem, name, make):
+    env = gym.make(name, problem=problem).unwrapped
+    steps = []
+    for action in (1, make(1)):
+        env.reset()
+        steps.append(env.step(action))
+    assert data_equivalence(*steps, exact=True)
+
+
+@pytest.mark.parametrize("entry", [-1, 99, 10**30, 2.7, "1", None])
+def test_an_entry_outside_the_space_is_refused_by_name(problem, entry):
+    env = ExpertBitsJointEnv(problem=problem)
+    env.reset()
+    whole = [0] * (problem.num_decisions - 1) + [entry]
+    with pytest.raises(InputError, match=r"must be 16 menu indices, each from 0 to 4"):
+        env.step(whole)
+    if entry in (-1, 99):
+        with pytest.raises(InputError, match=f"An entry of the action is {entry};"):
+            env.step(np.array(whole))
+
+
+@pytest.mark.parametrize("entry", [np.nan, np.inf, 1j, "1", None])
+def test_an_importance_that_is_no_finite_number_is_refused(problem, entry):
+    env = ExpertBitsImportanceEnv(problem=problem)
+    env.reset()
+    with pytest.raises(InputError, match="must be 16 finite numbers"):
+        env.step([0.0] * (problem.num_decisions - 1) + [entry])
+
+
+def test_importances_beyond_the_box_are_clipped(problem):
+    env = ExpertBitsImportanceEnv(problem=problem)
+    wild = np.random.default_rng(0).normal(0, 3, problem.num_decisions)
+    assert np.abs(wild).max() > 1
+    steps = []
+    for action in (wild, np.clip(wild, -1, 1)):
+        env.reset()
+        steps.append(env.step(action))
+    assert data_equivalence(*steps, exact=True)
+
+
+@pytest.mark.parametrize("name", dmpq.envs.ENVIRONMENTS)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"position": -1}, "position -1; .* positions from 0 to"),
+        ({"position": 10**6}, "position 1000000; .* positions from 0 to"),
+        ({"assignment": (-1, 0) * 8}, "has taken the first"),
+    ],
+)
+def test_a_state_that_cannot_be_is_refused(problem, name, change, words):
+    env = gym.make(name, problem=problem).unwrapped
+    env.reset()
+    before = env.state()
+    with pytest.raises(InputError, match=words):
+        env.set_state(replace(before, **change))
+    assert env.state() == before
+
+
+@pytest.mark.parametrize("name", dmpq.envs.ENVIRONMENTS)
+def test_a_fresh_environment_goes_on_from_a_state(problem, name):
+    first, second = (gym.make(name, problem=problem).unwrapped for _ in range(2))
+    first.reset()
+    second.set_state(first.state())
+    action = first.action_space.sample()
+    assert data_equivalence(second.step(action), first.step(action), exact=True)
+
+
+def test_a_refused_start_leaves_no_episode(problem):
+    env = ExpertBitsAdjustEnv(problem=problem)
+    env.reset()
+    with pytest.raises(InputError, match="indices"):
+        env.reset(options={"assignment": [99]})
     with pytest.raises(gym.error.ResetNeeded):
         env.step(0)
+
+
+def test_the_default_evaluator_follows_the_profile(saved_profile):
+    """The problem that plain values make is copied with another profile like any other."""
+    problem = dmpq.envs.make_problem(profile=saved_profile)
+    other = replace(problem, profile=make_profile(seed=1))
+    maps = other.mckp()[None]
+    assert other.evaluate(maps).kl == other.surrogate(maps).kl
 
 
 def test_zero_action_is_the_knapsack(problem):

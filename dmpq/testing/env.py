@@ -15,6 +15,8 @@ from gymnasium.utils.env_checker import check_env as check_gymnasium
 from gymnasium.utils.env_checker import data_equivalence
 from stable_baselines3.common.env_checker import check_env as check_sb3
 
+from dmpq.errors import InputError
+
 Rollout = list[tuple[Any, float, bool, bool, dict[str, Any]]]
 
 
@@ -127,14 +129,48 @@ class EnvContract:
         assert env.state() == state
         assert data_equivalence([env.step(action) for action in actions], first, exact=True)
 
+    @pytest.mark.parametrize("observation", ["flat", "dict"])
+    def test_ends_once(self, env_id: str, env_kwargs: dict[str, Any], observation: str) -> None:
+        """Steps before a reset and past the end are refused, also after going back to an end."""
+        env = self.make(env_id, env_kwargs, observation=observation).unwrapped
+        action = env.action_space.sample()
+        with pytest.raises(gym.error.ResetNeeded):
+            env.step(action)
+        env.reset(seed=0)
+        for _ in range(env.horizon):
+            last = env.step(env.action_space.sample())[0]
+        state = env.state()
+        with pytest.raises(gym.error.ResetNeeded):
+            env.step(action)
+        assert env.state() == state
+        env.reset(seed=0)
+        assert data_equivalence(env.set_state(state), last, exact=True)
+        with pytest.raises(gym.error.ResetNeeded):
+            env.step(action)
+
+    @pytest.mark.parametrize("action", [None, "wide", float("nan"), [[0], [0, 1]], {}])
+    def test_refuses_what_is_no_action(
+        self, env_id: str, env_kwargs: dict[str, Any], action: Any
+    ) -> None:
+        """An action outside the space is bad input, and leaves the episode as it is."""
+        env = self.make(env_id, env_kwargs).unwrapped
+        env.reset(seed=0)
+        state = env.state()
+        with pytest.raises(InputError, match="action"):
+            env.step(action)
+        assert env.state() == state
+
     def test_vectorised(self, env_id: str, env_kwargs: dict[str, Any]) -> None:
-        """``gym.make_vec`` steps several at once."""
+        """``gym.make_vec`` steps several at once, past the end of their episodes."""
         envs = gym.make_vec(env_id, num_envs=3, vectorization_mode="sync", **env_kwargs)
         envs.action_space.seed(0)
         envs.reset(seed=0)
-        for _ in range(5):
-            observation, reward, *_ = envs.step(envs.action_space.sample())
+        ends, horizon = 0, self.make(env_id, env_kwargs).unwrapped.horizon
+        for _ in range(horizon + 2):
+            observation, reward, terminated, truncated, _ = envs.step(envs.action_space.sample())
             assert observation.shape[0] == reward.shape[0] == 3
+            ends += int((terminated | truncated).sum())
+        assert ends >= 3
         envs.close()
 
     def test_renders(self, env_id: str, env_kwargs: dict[str, Any]) -> None:

@@ -62,7 +62,8 @@ class LayerBank:
         self.experts = experts
         self.menu = menu
         self.selected: torch.Tensor | None = None
-        self._choice = torch.zeros(1, experts.num_experts, 2, dtype=torch.int64)
+        self._choice = np.zeros((1, experts.num_experts, 2), np.int64)
+        self._virtual_of: torch.Tensor | None = None
         self._packed: list[tuple[_Packed, _Packed] | None] = []
         self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
         dtype = experts.down.dtype
@@ -91,23 +92,25 @@ class LayerBank:
 
     def choose(self, formats: NDArray[np.integer]) -> None:
         """Set the formats to run with, (K, E, 2); row block k of the batch gets map k."""
-        self._choice = torch.from_numpy(np.ascontiguousarray(formats, dtype=np.int64))
+        self._choice = np.asarray(formats, np.int64)
+        self._virtual_of = None
+        up, down = self._choice[..., 0], self._choice[..., 1]
+        if self._dense is not None and np.array_equal(up, down):
+            virtual = np.arange(up.shape[1]) * len(self.menu) + up
+            self._virtual_of = torch.from_numpy(virtual).to(self.experts.down.device)
 
     def __call__(
         self, _module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """Run the layer under the chosen formats; the signature of the experts interface."""
         self.selected = index
-        choice = self._choice.to(index.device)
-        same = torch.equal(choice[..., 0], choice[..., 1])
-        if same and self._dense is not None:
-            formats = choice[..., 0]
-            if len(formats) == 1:
-                chosen = formats[0][index]
+        choice = self._choice
+        if self._virtual_of is not None:
+            if len(choice) == 1:
+                virtual = self._virtual_of[0][index]
             else:
-                rows = index.view(len(formats), -1)
-                chosen = formats.gather(1, rows).view_as(index)
-            virtual = index * len(self.menu) + chosen
+                rows = index.view(len(choice), -1)
+                virtual = self._virtual_of.gather(1, rows).view_as(index)
             return run_stacked(self._virtual, hidden, virtual, weights)
         blocks = zip(
             choice,
@@ -120,7 +123,7 @@ class LayerBank:
 
     def _run_selected(
         self,
-        choice: torch.Tensor,
+        choice: NDArray[np.int64],
         hidden: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
@@ -128,7 +131,7 @@ class LayerBank:
         view = self.experts.stacked(*self.select(choice))
         return run_stacked(view, hidden, index, weights)
 
-    def select(self, choice: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, choice: NDArray[np.integer]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the weights of one map, (E, out, in) each for gate+up and down.
 
         Args:

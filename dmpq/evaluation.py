@@ -56,6 +56,16 @@ class Evaluator(Protocol):
             fidelity: Share of the text to measure on, in (0, 1].
         """
 
+    def hold(self, assignment: Assignments) -> None:
+        """Expect later maps to be near this one, which replaces the one held before.
+
+        Changes no value, only what answers cost: a map that shares leading layers with the held
+        one may resume where they part.
+
+        Args:
+            assignment: (N,) or (2N,), as in :meth:`evaluate`.
+        """
+
 
 class SurrogateEvaluator:
     """The sum of the profile's sensitivities: exact where losses add up, and free.
@@ -90,3 +100,6 @@ class SurrogateEvaluator:
                 kl = profile.projection_sensitivity[experts[:, None], [0, 1], both].sum((1, 2))
         kl = kl + profile.uniform_kl[-1]  # what sensitivities are measured above
         return Evaluations(kl, profile.full_nll + kl, np.full(len(maps), np.nan), 0.0)
+
+    def hold(self, assignment: Assignments) -> None:
+        """Do nothing: answers are free."""

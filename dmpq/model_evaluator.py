@@ -31,25 +31,60 @@ FAILURE_NATS: Final = 100.0
 
 _LAYER_NUMBER: Final = re.compile(r"\.(\d+)\.")
 _PROBE_LENGTH: Final = 8
+_CHUNK_ELEMENTS: Final = {"cpu": 2**18}
+_CHUNK_ELEMENTS_ELSEWHERE: Final = 2**25
+"""Logits compared at a time: few enough to stay in a core's cache, or to fit beside a model."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Prefix:
+    """One forward of some map, for others to resume.
+
+    Attributes:
+        recording: What its modules returned.
+        moved: Selections of each MoE layer that are not the full-precision model's.
+    """
+
+    recording: Recording
+    moved: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Token ids of one forward and what the full-precision model says of them."""
+    """Token ids of one forward and what the full-precision model says of them.
+
+    Attributes:
+        ids: int64 (sequences, length).
+        log_probabilities: fp32 (tokens, vocabulary).
+        nll: Summed over the predicted tokens, nats.
+        members: Per MoE layer bool (tokens, experts), whether the token selects the expert.
+        selections: Token-expert selections of all layers.
+        prefix: The full-precision forward, where it is kept.
+    """
 
     ids: torch.Tensor
     log_probabilities: torch.Tensor
-    selected: tuple[torch.Tensor, ...]
-    recording: Recording | None
+    nll: float
+    members: tuple[torch.Tensor, ...]
+    selections: int
+    prefix: _Prefix | None
+
+
+@dataclass(eq=False)
+class _Incumbent:
+    """A map that later ones are expected to be near: its formats (N, 2) and, once used, runs."""
+
+    formats: NDArray[np.int64]
+    prefixes: list[_Prefix]
 
 
 class ModelEvaluator:
     """Measures bit maps on a text, one forward each.
 
     A map's value is that of the map evaluated alone, in batches of fixed shape; resuming from
-    the full-precision prefix keeps it to the bit. Answers are cached, and kept in a journal where
-    one is given. An answer counts as spent the first time it is asked for, computed or not, so
-    that a resumed search counts like an uninterrupted one.
+    the full-precision forward, or from that of a held map, keeps it to the bit. Answers are
+    cached, and kept in a journal where one is given. An answer counts as spent the first time it
+    is asked for, computed or not, so that a resumed search counts like an uninterrupted one.
 
     Args:
         bank: The model's variants.
@@ -57,7 +92,8 @@ class ModelEvaluator:
         label: Names the text in the journal.
         journal: Where answers are kept and looked up.
         batch_tokens: Tokens per forward.
-        prefix_memory: Bytes that recorded prefixes may take; beyond, every forward is whole.
+        prefix_memory: Bytes that all recorded forwards together may take; maps are held only
+            where a second recording fits, and without room for one every forward is whole.
     """
 
     name = "model"
@@ -85,6 +121,7 @@ class ModelEvaluator:
         self._known = _read_journal(journal, self._text)
         self._asked: dict[str, tuple[float, float, float]] = {}
         self._spent = 0.0
+        self._held: _Incumbent | None = None
 
     @property
     def tokens(self) -> int:
@@ -115,16 +152,32 @@ class ModelEvaluator:
                 selected.clear()
                 with replayer.record() as recording:
                     logits = self.bank.moe.logits(ids)
-                kept = recording if self._keeps(recording) else None
-                batches.append(
-                    _Batch(ids, functional.log_softmax(logits, -1), tuple(selected), kept)
-                )
+                kept = _Prefix(recording, (0,) * len(selected)) if self._keeps(recording) else None
+                batches.append(self._batch(ids, logits, selected, kept))
         return batches
 
-    def _keeps(self, recording: Recording) -> bool:
-        """Return whether recordings of all batches are exact and fit."""
-        fits = recording.memory_bytes * len(self.id_batches) <= self._prefix_memory
-        return self._replayer.exact and fits
+    def _batch(
+        self,
+        ids: torch.Tensor,
+        logits: torch.Tensor,
+        selected: list[torch.Tensor],
+        prefix: _Prefix | None,
+    ) -> _Batch:
+        log_p = functional.log_softmax(logits.flatten(0, 1), -1)
+        taken = log_p.gather(-1, _targets(ids))
+        members = tuple(
+            torch.zeros(
+                len(index), layer.experts.num_experts, dtype=torch.bool, device=index.device
+            ).scatter_(1, index, value=True)
+            for index, layer in zip(selected, self.bank.layers, strict=True)
+        )
+        selections = sum(index.numel() for index in selected)
+        return _Batch(ids, log_p, _nll_sum(taken, ids), members, selections, prefix)
+
+    def _keeps(self, recording: Recording, *, copies: int = 1) -> bool:
+        """Return whether recordings of all batches, of so many maps, are exact and fit."""
+        needed = copies * recording.memory_bytes * len(self.id_batches)
+        return self._replayer.exact and needed <= self._prefix_memory
 
     @contextmanager
     def _own_forward(self) -> Iterator[list[torch.Tensor]]:
@@ -142,8 +195,26 @@ class ModelEvaluator:
 
     def full_nll(self) -> float:
         """Return the full-precision model's negative log-likelihood, nats per token."""
-        losses = [_nll_sum(b.log_probabilities, b.ids) for b in self._batches]
-        return sum(losses) / sum(_predicted(b.ids) for b in self._batches)
+        return sum(b.nll for b in self._batches) / sum(_predicted(b.ids) for b in self._batches)
+
+    def hold(self, assignment: Assignments) -> None:
+        """Let later maps resume from this one; see :meth:`dmpq.evaluation.Evaluator.hold`.
+
+        It counts as one forward, resumed from the full-precision one, whether or not a later
+        answer needs it; it runs only once one does. The full-precision map is always held, and
+        where two recordings do not fit into memory nothing else is: both cost nothing.
+        """
+        formats = self._formats(assignment)[0]
+        if self._held is not None and np.array_equal(self._held.formats, formats):
+            return
+        self._held = None
+        first = self._first_below_full(formats)
+        prefix = self._batches[0].prefix
+        if prefix is None or first == len(self.bank.layers):
+            return
+        if self._keeps(prefix.recording, copies=2):
+            self._held = _Incumbent(formats.copy(), [])
+            self._spent += self._resume_share(first) * self.tokens
 
     def evaluate(self, assignments: Assignments, *, fidelity: float = 1.0) -> Evaluations:
         """Measure K maps, each alone; see :meth:`dmpq.evaluation.Evaluator.evaluate`.
@@ -176,7 +247,10 @@ class ModelEvaluator:
                 logits = self.bank.moe.logits(batch.ids.repeat(len(formats), 1))
                 chosen = [_taken(layer.selected).chunk(len(formats)) for layer in self.bank.layers]
                 for k, part in enumerate(logits.chunk(len(formats))):
-                    totals[k] += _compare(part, [c[k] for c in chosen], batch)
+                    moved = sum(
+                        _moved(c[k], m) for c, m in zip(chosen, batch.members, strict=True)
+                    )
+                    totals[k] += (*_compare(part, batch), moved)
         self._spent += len(formats) * self.tokens
         kl, nll, shift = _per_token(totals, batches).T
         return Evaluations(kl, nll, shift, self._spent - before)
@@ -202,11 +276,11 @@ class ModelEvaluator:
         key = self._key(formats, batches)
         if key in self._asked:
             return self._asked[key]
-        first = self._first_changed(formats)
+        incumbent, first = self._nearest(formats)
         if key in self._known:
             answer = self._known[key]
         else:
-            answer = self._measure(formats, batches, first)
+            answer = self._measure(formats, batches, incumbent, first)
             if self._journal is not None:
                 self._journal.append({"text": self._text, "map": key, "values": answer})
         # The share first: asking for it may run, and count, the full-precision model.
@@ -221,45 +295,80 @@ class ModelEvaluator:
         return digest.hexdigest()[:32]
 
     def _measure(
-        self, formats: NDArray[np.int64], batches: int, first: int
+        self, formats: NDArray[np.int64], batches: int, incumbent: _Incumbent | None, first: int
     ) -> tuple[float, float, float]:
         used = self._batches[:batches]
         if first == len(self.bank.layers):
-            totals = [(0.0, _nll_sum(b.log_probabilities, b.ids), 0.0) for b in used]
+            totals = [(0.0, b.nll, 0.0) for b in used]
         else:
+            prefixes = [b.prefix for b in used] if incumbent is None else self._runs(incumbent)
             self.bank.choose(formats[None])
             with torch.inference_mode(), self.bank.attached():
-                totals = [self._measure_batch(batch, first) for batch in used]
+                totals = []
+                for batch, prefix in zip(used, prefixes, strict=False):
+                    logits, moved = self._run(batch, prefix, first)
+                    totals.append((*_compare(logits, batch), float(sum(moved))))
         kl, nll, shift = _per_token(np.sum(totals, axis=0)[None], used)[0]
         if not (math.isfinite(kl) and math.isfinite(nll)):
             return FAILURE_NATS, FAILURE_NATS, float(shift)
         return float(kl), float(nll), float(shift)
 
-    def _measure_batch(self, batch: _Batch, first: int) -> tuple[float, float, float]:
-        if batch.recording is not None:
-            with self._replayer.resume(batch.recording, first):
-                logits = self.bank.moe.logits(batch.ids)
-            changed = self.bank.layers[first:]
-            selected = [*batch.selected[:first], *(_taken(layer.selected) for layer in changed)]
-        else:
-            logits = self.bank.moe.logits(batch.ids)
-            selected = [_taken(layer.selected) for layer in self.bank.layers]
-        return _compare(logits, selected, batch)
+    def _run(
+        self, batch: _Batch, prefix: _Prefix | None, first: int
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Run the chosen formats, and return logits and moved selections per layer.
 
-    def _first_changed(self, formats: NDArray[np.int64]) -> int:
-        """Return the ordinal of the first MoE layer with an expert below full precision."""
+        Args:
+            batch: What to run on.
+            prefix: What answers for all that comes before the experts of layer ``first``, their
+                router included; ``None`` to run all.
+            first: Ordinal of the MoE layer to resume at.
+        """
+        if prefix is None:
+            logits = self.bank.moe.logits(batch.ids)
+            known: tuple[int, ...] = ()
+        else:
+            with self._replayer.resume(prefix.recording, first):
+                logits = self.bank.moe.logits(batch.ids)
+            known = prefix.moved[: first + 1]
+        fresh = zip(self.bank.layers[len(known) :], batch.members[len(known) :], strict=True)
+        return logits, (*known, *(_moved(_taken(layer.selected), m) for layer, m in fresh))
+
+    def _runs(self, incumbent: _Incumbent) -> list[_Prefix]:
+        """Return the incumbent's forwards on all batches, run the first time they are needed."""
+        if not incumbent.prefixes:
+            first = self._first_below_full(incumbent.formats)
+            self.bank.choose(incumbent.formats[None])
+            with torch.inference_mode(), self.bank.attached():
+                for batch in self._batches:
+                    with self._replayer.record() as recording:
+                        _, moved = self._run(batch, batch.prefix, first)
+                    incumbent.prefixes.append(_Prefix(recording, moved))
+        return incumbent.prefixes
+
+    def _nearest(self, formats: NDArray[np.int64]) -> tuple[_Incumbent | None, int]:
+        """Return what to resume from (``None``: full precision), and at which MoE layer."""
+        first = self._first_below_full(formats)
+        if self._held is None:
+            return None, first
+        shared = self._first_layer(formats != self._held.formats)
+        shared = min(shared, len(self.bank.layers) - 1)
+        return (self._held, shared) if shared > first else (None, first)
+
+    def _first_below_full(self, formats: NDArray[np.int64]) -> int:
         full = np.array([f.is_full for f in self.bank.menu.formats])
-        start = 0
-        for ordinal, layer in enumerate(self.bank.layers):
-            stop = start + layer.experts.num_experts
-            if not full[formats[start:stop]].all():
-                return ordinal
-            start = stop
-        return len(self.bank.layers)
+        return self._first_layer(~full[formats])
+
+    def _first_layer(self, marked: NDArray[np.bool_]) -> int:
+        """Return the first MoE layer with a mark, (N, 2), or the number of layers for none."""
+        experts = [layer.experts.num_experts for layer in self.bank.layers]
+        layer_of = np.repeat(np.arange(len(experts)), experts)
+        rows, _ = np.nonzero(marked)
+        return int(layer_of[rows[0]]) if len(rows) else len(experts)
 
     def _resume_share(self, first: int) -> float:
         shares = _resume_shares(self.bank.moe.spec)
-        return shares[first] if self._batches[0].recording is not None else 1.0
+        return shares[first] if self._batches[0].prefix is not None else 1.0
 
 
 def _taken(selected: torch.Tensor | None) -> torch.Tensor:
@@ -328,28 +437,44 @@ def _predicted(ids: torch.Tensor) -> int:
     return ids.shape[0] * (ids.shape[1] - 1)
 
 
-def _nll_sum(log_probabilities: torch.Tensor, ids: torch.Tensor) -> float:
-    taken = log_probabilities[:, :-1].gather(-1, ids[:, 1:, None])
-    return -float(taken.double().sum())
+def _targets(ids: torch.Tensor) -> torch.Tensor:
+    """Return what each position predicts, (tokens, 1); of a last position, a placeholder."""
+    return ids.roll(-1, 1).reshape(-1, 1)
 
 
-def _compare(
-    logits: torch.Tensor, selected: list[torch.Tensor], batch: _Batch
-) -> tuple[float, float, float]:
-    """Return summed KL, summed NLL, and the number of selections not in the full model's."""
-    log_q = functional.log_softmax(logits, -1)
-    log_p = batch.log_probabilities
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).sum()
-    moved = sum(
-        int((~(new[:, :, None] == old[:, None, :]).any(-1)).sum())
-        for new, old in zip(selected, batch.selected, strict=True)
+def _nll_sum(taken: torch.Tensor, ids: torch.Tensor) -> float:
+    """Sum over the predicted tokens, given the log-probabilities of all targets."""
+    return -float(taken.view(ids.shape)[:, :-1].double().sum())
+
+
+def _moved(index: torch.Tensor, members: torch.Tensor) -> int:
+    """Return how many selections (tokens, top_k) are not the full-precision model's."""
+    return index.numel() - int(members.gather(1, index).sum())
+
+
+def _compare(logits: torch.Tensor, batch: _Batch) -> tuple[float, float]:
+    """Return KL and NLL, summed; the KL of identical logits is exactly 0.
+
+    Chunk by chunk, because whole passes over (tokens, vocabulary) cost memory traffic, and on a
+    CPU fresh pages each time.
+    """
+    flat = logits.flatten(0, 1)
+    rows = max(
+        1, _CHUNK_ELEMENTS.get(flat.device.type, _CHUNK_ELEMENTS_ELSEWHERE) // flat.shape[1]
     )
-    return float(kl), _nll_sum(log_q, batch.ids), float(moved)
+    chunks = (x.split(rows) for x in (flat, batch.log_probabilities, _targets(batch.ids)))
+    kl, taken = [], []
+    for chunk, log_p, targets in zip(*chunks, strict=True):
+        log_q = functional.log_softmax(chunk, -1)
+        taken.append(log_q.gather(-1, targets))
+        difference = torch.sub(log_p, log_q, out=log_q)
+        kl.append(difference.mul_(log_p.exp()).sum(-1, dtype=torch.float64))
+    return float(torch.cat(kl).sum()), _nll_sum(torch.cat(taken), batch.ids)
 
 
 def _per_token(totals: NDArray[np.float64], batches: list[_Batch]) -> NDArray[np.float64]:
     tokens = sum(b.ids.numel() for b in batches)
     predicted = sum(_predicted(b.ids) for b in batches)
-    selections = sum(s.numel() for b in batches for s in b.selected)
+    selections = sum(b.selections for b in batches)
     means: NDArray[np.float64] = totals / np.array([tokens, predicted, selections])
     return means

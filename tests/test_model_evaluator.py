@@ -8,11 +8,13 @@ import torch
 from conftest import FAMILIES
 from torch.nn import functional
 
+from dmpq import model_evaluator
 from dmpq.bank import Bank
 from dmpq.errors import InputError
 from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.model_evaluator import FAILURE_NATS, ModelEvaluator
+from dmpq.profiling import measure_profile
 
 MENU = Menu.parse("2g16,3g16,4g16,16")
 FULL = len(MENU) - 1
@@ -109,6 +111,135 @@ def test_resuming_equals_running_whole_to_the_bit(tiny, token_ids, family):
     assert one.tokens < other.tokens
 
 
+def neighbours(incumbent):
+    """Return the incumbent itself, maps that leave it ever later, and one unlike it."""
+    maps = [incumbent.copy() for _ in range(5)]
+    for changed, start in zip(
+        maps[1:], range(0, len(incumbent), len(incumbent) // 4), strict=True
+    ):
+        changed[start] = (changed[start] + 1) % len(MENU)
+    return np.array([*maps, np.flip(incumbent)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("projections", [False, True])
+def test_resuming_from_a_held_map_equals_running_whole_to_the_bit(
+    tiny, token_ids, family, projections
+):
+    bank = Bank(tiny(family), MENU)
+    held = ModelEvaluator(bank, token_ids.numpy(), label="a", batch_tokens=64)
+    whole = ModelEvaluator(bank, token_ids.numpy(), label="b", batch_tokens=64, prefix_memory=0)
+    incumbent = random_maps(held, 1, projections=projections)[0]
+    maps = neighbours(incumbent)
+    for seed in range(2):
+        held.hold(incumbent)
+        one, other = held.evaluate(maps), whole.evaluate(maps)
+        assert one.kl.tolist() == other.kl.tolist()
+        assert one.nll.tolist() == other.nll.tolist()
+        assert one.router_shift.tolist() == other.router_shift.tolist()
+        incumbent = random_maps(held, 1, seed + 1, projections=projections)[0]
+        maps = neighbours(incumbent)
+
+
+def test_holding_a_map_makes_its_neighbours_cheaper(evaluator, tiny, token_ids):
+    plain = ModelEvaluator(Bank(tiny(), MENU), token_ids.numpy(), label="x", batch_tokens=64)
+    incumbent = random_maps(evaluator, 1)[0]
+    incumbent[0] = 0
+    last = np.array([incumbent] * 20)
+    last[:, -2:] = np.random.default_rng(1).integers(0, len(MENU), (20, 2))
+    for one in (evaluator, plain):
+        one.full_nll()
+    evaluator.hold(incumbent)
+    assert evaluator.tokens_spent > plain.tokens_spent
+    assert (
+        evaluator.evaluate(last, fidelity=0.5).tokens < plain.evaluate(last, fidelity=0.5).tokens
+    )
+    evaluator.evaluate(last)
+    plain.evaluate(last)
+    assert evaluator.tokens_spent < plain.tokens_spent
+
+
+def test_holding_runs_nothing_until_it_is_needed_and_costs_nothing_twice(evaluator, monkeypatch):
+    evaluator.full_nll()
+    incumbent = random_maps(evaluator, 1)[0]
+    monkeypatch.setattr(evaluator.bank.moe, "logits", None)
+    evaluator.hold(incumbent)
+    spent = evaluator.tokens_spent
+    evaluator.hold(incumbent)
+    assert evaluator.tokens_spent == spent
+    evaluator.hold(np.full(len(incumbent), FULL))
+    assert evaluator.tokens_spent == spent
+
+
+def test_a_held_map_is_not_changed_from_outside(evaluator, tiny, token_ids):
+    plain = ModelEvaluator(Bank(tiny(), MENU), token_ids.numpy(), label="x", batch_tokens=64)
+    incumbent = random_maps(evaluator, 1, projections=True)[0]
+    other = (incumbent + 1) % len(MENU)
+    evaluator.hold(incumbent)
+    incumbent[:] = other
+    assert evaluator.evaluate(other[None]).kl[0] == plain.evaluate(other[None]).kl[0]
+
+
+def test_nothing_is_held_beyond_the_memory_for_recordings(tiny, token_ids):
+    bank = Bank(tiny(), MENU)
+    free = ModelEvaluator(bank, token_ids.numpy(), label="t", batch_tokens=64)
+    one = len(free._batches) * free._batches[0].prefix.recording.memory_bytes
+    incumbent = random_maps(free, 1)[0]
+    incumbent[0] = 0
+    for memory, holds in ((2 * one, True), (2 * one - 1, False)):
+        evaluator = ModelEvaluator(
+            bank, token_ids.numpy(), label="t", batch_tokens=64, prefix_memory=memory
+        )
+        evaluator.full_nll()
+        before = evaluator.tokens_spent
+        evaluator.hold(incumbent)
+        assert (evaluator.tokens_spent > before) == holds
+
+
+def test_a_journal_does_not_change_what_is_counted(tiny, token_ids, tmp_path):
+    spent = []
+    for known in (0, 3, 100):  # nothing, a run cut off after three answers, a whole run
+        path = tmp_path / f"{known}.jsonl"
+        lines = (tmp_path / "0.jsonl").read_text().splitlines(keepends=True) if known else []
+        path.write_text("".join(lines[:known]))
+        journal = JsonLines(path)
+        evaluator = ModelEvaluator(
+            Bank(tiny(), MENU), token_ids.numpy(), label="t", journal=journal, batch_tokens=64
+        )
+        counted = []
+        for seed in range(2):
+            incumbent = random_maps(evaluator, 1, seed)[0]
+            evaluator.hold(incumbent)
+            for one in neighbours(incumbent):
+                counted.append((evaluator.evaluate(one[None]).kl[0], evaluator.tokens_spent))
+        journal.close()
+        spent.append(counted)
+    assert spent[0] == spent[1] == spent[2]
+
+
+def test_values_do_not_depend_on_the_chunks_that_logits_are_compared_in(
+    evaluator, tiny, token_ids, monkeypatch
+):
+    maps = random_maps(evaluator, 2)
+    whole = evaluator.evaluate(maps)
+    vocabulary = evaluator.bank.moe.spec.vocab_size
+    monkeypatch.setitem(model_evaluator._CHUNK_ELEMENTS, "cpu", 7 * vocabulary)
+    fresh = ModelEvaluator(Bank(tiny(), MENU), token_ids.numpy(), label="x", batch_tokens=64)
+    chunked = fresh.evaluate(maps)
+    assert chunked.kl == pytest.approx(whole.kl, rel=1e-12)  # fp64 sums of the same terms
+    assert chunked.nll.tolist() == whole.nll.tolist()
+
+
+def test_an_expert_that_no_token_selects_loses_exactly_nothing(tiny, token_ids):
+    evaluator = ModelEvaluator(Bank(tiny(), MENU), token_ids.numpy()[:1, :2], label="short")
+    hit = torch.cat([m.any(0) for b in evaluator._batches for m in b.members])
+    changed = np.full((1, len(hit)), FULL)
+    changed[0, np.flatnonzero(~hit.numpy())] = 0
+    answer = evaluator.evaluate(changed)
+    assert (answer.kl[0], answer.router_shift[0]) == (0.0, 0.0)
+    assert answer.nll[0] == evaluator.full_nll()
+
+
 def test_a_map_is_worth_the_same_alone_and_in_company(evaluator, tiny, token_ids):
     maps = random_maps(evaluator, 4)
     together = evaluator.evaluate(maps)
@@ -190,3 +321,17 @@ def test_logits_that_are_not_finite_get_the_failure_value(tiny, token_ids):
 def test_maps_that_do_not_fit_are_refused(evaluator, maps, message):
     with pytest.raises(InputError, match=message):
         evaluator.evaluate(maps)
+
+
+def test_a_profile_without_full_precision_resumes_from_its_widest_map(
+    tiny, token_ids, monkeypatch
+):
+    bank = Bank(tiny(), Menu.parse("2g16,4g16"))
+    profiles = []
+    for _ in range(2):
+        evaluator = ModelEvaluator(bank, token_ids.numpy(), label="t", batch_tokens=64)
+        profiles.append(measure_profile(evaluator, text="random"))
+        monkeypatch.setattr(ModelEvaluator, "hold", lambda *_: None)
+    held, plain = profiles
+    assert held.sensitivity.tolist() == plain.sensitivity.tolist()
+    assert held.cost_tokens < plain.cost_tokens

@@ -3,9 +3,11 @@
     python benchmarks/evaluator.py
 
 Prints, on the same tokens: the time of evaluating one map over that of the model's own
-``grouped_mm`` forward (target at most 1.05); of profiling a variant over a full forward (at most
-0.65); of a map in a forward of eight over a map alone; and whether the logits at 16 bits are the
-model's own to the bit.
+``grouped_mm`` forward, which computes no loss (target at most 1.05); of profiling a variant over
+that forward, as the mean over the layers that hold it (at most 0.65), beside the share of a
+forward's weight FLOPs that is resumed; of a map that leaves a held one at the last layer; of a map
+in a forward of eight over a map alone; and whether the logits at 16 bits are the model's own to
+the bit.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import numpy as np
 import torch
 
 from dmpq.config import SearchConfig
-from dmpq.model_evaluator import ModelEvaluator
 from dmpq.session import Session
 
 
@@ -66,25 +67,42 @@ def main() -> None:
     def eight_together(_run: int) -> None:
         evaluator.screen(rng.integers(0, full, (8, experts)))
 
-    variants = [(e, f) for e in range(experts) for f in range(full)]
-    fresh = iter(range(10**6))
+    layers = [layer.experts.num_experts for layer in session.bank.layers]
+    starts = np.cumsum([0, *layers[:-1]])
+    drawn = [
+        rng.permutation([(start + e, f) for e in range(count) for f in range(full)])
+        for start, count in zip(starts, layers, strict=True)
+    ]
+    rounds = min(arguments.runs, min(map(len, drawn)) - 1)
+    counted = []
 
-    def all_variants(_run: int) -> None:
-        again = ModelEvaluator(session.bank, session.splits.search, label=str(next(fresh)))
-        again.full_nll()
-        for expert, fmt in variants:
+    def variant_of_each_layer(run: int) -> None:
+        for variants in drawn:
+            expert, fmt = variants[run]
             changed = np.full((1, experts), full)
             changed[0, expert] = fmt
-            again.evaluate(changed)
+            counted.append(evaluator.evaluate(changed).tokens / evaluator.tokens)
 
-    def forwards(_run: int) -> None:
-        for _ in variants:
+    def forward_per_layer(_run: int) -> None:
+        for _ in layers:
             own_forward(0)
+
+    def neighbour(_run: int) -> None:
+        near = held.copy()
+        near[starts[-1] :] = rng.integers(0, full, layers[-1])
+        evaluator.evaluate(near[None])
 
     print(f"{evaluator.tokens:,} tokens, {experts} experts, {arguments.threads} threads")
     one = paired(one_map, own_forward, arguments.runs)
     print(f"one map / own forward                  {one:.3f}")
-    print(f"profiling a variant / own forward      {paired(all_variants, forwards, 1):.3f}")
+    variant = paired(variant_of_each_layer, forward_per_layer, rounds)
+    print(f"profiling a variant / own forward      {variant:.3f}")
+    print(f"  weight FLOPs resumed / of a forward  {np.mean(counted):.3f}")
+    held = rng.integers(0, full, experts)
+    evaluator.hold(held)
+    near = paired(neighbour, own_forward, arguments.runs)
+    print(f"the held map but last layer / forward  {near:.3f}")
+    evaluator.hold(np.full(experts, full))
     print(f"a map among eight / a map alone        {paired(eight_together, eight_alone, 3):.3f}")
     session.bank.choose(np.full((1, experts, 2), full))
     with torch.inference_mode():

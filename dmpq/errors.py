@@ -48,6 +48,7 @@ def unknown(what: str, value: str, allowed: Iterable[str], remedy: str = "") -> 
         remedy: What else the user may do, as a clause without full stop; or empty.
     """
     names = sorted(allowed)
+    value = value if isinstance(value, str) and len(value) <= _LONGEST else str(value)[:_LONGEST]
     hint = did_you_mean(value, names)
     listed = ", ".join(names)
     remedy = remedy.rstrip(".")

@@ -83,8 +83,8 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
 
     workload = bitmap.workload
     config = SearchConfig(
-        hw=arguments.hw or bitmap.hardware["name"],
-        model=arguments.model or bitmap.model["id"],
+        hw=bitmap.hardware["name"] if arguments.hw is None else arguments.hw,
+        model=bitmap.model["id"] if arguments.model is None else arguments.model,
         revision=bitmap.model["revision"],
         dataset=arguments.dataset,
         bits=",".join(bitmap.menu.keys),

@@ -54,6 +54,28 @@ def test_a_damaged_bit_map_ends_with_two_and_one_sentence(bitmap, tmp_path, caps
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--heldout-tokens=0", "--heldout-tokens 0 makes no sense"),
+        ("--threads=0", "--threads 0 makes no sense"),
+        ("--threads=1000000000", "give 1 to 1,024"),
+        ("--sequence-length=1", "--sequence-length 1 makes no sense"),
+        ("--hw=", "Unknown hardware ''"),
+        ("--hw=A10", "did you mean 'a100'"),
+        ("--model=", "There is no folder ''"),
+        ("--device=meta", "device 'meta' cannot be used"),
+    ],
+)
+def test_bad_options_end_with_two_and_one_line(bitmap, capsys, argument, message):
+    capsys.readouterr()
+    assert validate([str(bitmap), argument]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
 def test_a_map_of_other_weights_is_refused(bitmap, tmp_path, capsys):
     data = json.loads(bitmap.read_text())
     data["model"]["fingerprint"] = "0" * 64

@@ -1,10 +1,12 @@
+import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from dmpq.data import TokenRequest, load_splits
+from dmpq.data import Draw, TokenRequest, load_splits
 from dmpq.embedded import side_documents
 from dmpq.errors import InputError
 from dmpq.moe import reference_path
@@ -78,6 +80,14 @@ def test_local_files_of_every_kind(tmp_path, tokenizer, suffix):
         ("image.png", "x", "no text that can be read"),
         ("rows.jsonl", '{"label": 1}\n', "has no column of text; it has label"),
         ("broken.jsonl", "{not json\n", "cannot be read as jsonl"),
+        ("torn.jsonl", '{"text": "a"}\n{"te', "cannot be read as jsonl"),
+        ("null.json", "null", "has no column of text; it has none"),
+        ("number.jsonl", "3\n", "has no column of text; it has none"),
+        ("nested.json", "[" * 100_000, "cannot be read as json"),
+        ("no_text.jsonl", '{"text": null}\n{"text": 3}\n', "is empty"),
+        ("none.parquet", "PAR1 nothing", "cannot be read as parquet"),
+        ("zeros.txt", "\0" * 9999, "is no UTF-8 text"),
+        ("wide.txt", "text\0" * 9999, "is no UTF-8 text"),
     ],
 )
 def test_bad_text_is_refused_in_one_sentence(tmp_path, tokenizer, name, content, message):
@@ -85,6 +95,48 @@ def test_bad_text_is_refused_in_one_sentence(tmp_path, tokenizer, name, content,
     path.write_text(content)
     with pytest.raises(InputError, match=message):
         load_splits(str(path), tokenizer, length=64, tokens=SMALL, seed=0)
+
+
+def test_a_name_too_long_for_a_file_is_no_file(tokenizer):
+    with pytest.raises(InputError, match="hub has not delivered"):
+        load_splits("a" * 300, tokenizer, length=64, tokens=SMALL, seed=0)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path, tokenizer):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match="no text that can be read"):
+        load_splits(str(tmp_path / "pipe.txt"), tokenizer, length=64, tokens=SMALL, seed=0)
+
+
+def test_a_folder_gives_its_text_and_nothing_else(tmp_path, tokenizer):
+    lines = [f"line {i} of a small text" for i in range(200)]
+    (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\xc3")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG")
+    (tmp_path / "c.json").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    (tmp_path / "d.json").write_text(json.dumps([{"label": 1, "text": line} for line in lines]))
+    (tmp_path / "e.txt").symlink_to("nowhere")
+    splits = load_splits(str(tmp_path), tokenizer, length=64, tokens=SMALL, seed=0)
+    assert tokenizer.decode(splits.heldout[0]).count("line")
+
+
+@pytest.mark.parametrize("length", [16, 64, 100])
+def test_a_draw_touches_what_shares_a_token_with_it(length):
+    drawn = Draw("", 64, (0, 3, 4, 17))
+    seen = {token for w in drawn.windows for token in range(w * 64, w * 64 + 64)}
+    for window, touched in enumerate(drawn.touched(length, 70)):
+        assert touched == bool(seen & set(range(window * length, (window + 1) * length)))
+
+
+def test_what_was_drawn_from_a_text_is_not_drawn_from_it_again(tmp_path, tokenizer):
+    path = tmp_path / "numbers.txt"
+    path.write_text(" ".join(map(str, range(2000))))
+    options = {"length": 64, "tokens": SMALL, "seed": 0}
+    first = load_splits(str(path), tokenizer, **options)
+    fresh = load_splits(str(path), tokenizer, **options, taken=first.drawn)
+    assert not rows(first.profile) & (rows(fresh.profile) | rows(fresh.search))
+    elsewhere = dataclasses.replace(first.drawn, stream="elsewhere")
+    same = load_splits(str(path), tokenizer, **options, taken=elsewhere)
+    np.testing.assert_array_equal(same.profile, first.profile)
 
 
 def test_a_hub_name_without_network_is_refused(tokenizer):

@@ -1,9 +1,13 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 from factories import make_profile
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+from dmpq.data import Draw
 from dmpq.errors import InputError
 from dmpq.profile import Profile, reference_profile
 
@@ -75,6 +79,52 @@ def test_damaged_files_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match="is not a dmpq profile"):
         Profile.load(path)
+
+
+DRAWN = Draw("a" * 64, 128, (3, 5))
+
+
+def test_what_text_it_has_seen_survives_the_file(tmp_path):
+    profile = dataclasses.replace(make_profile(), drawn=DRAWN)
+    profile.save(tmp_path / "p.safetensors")
+    assert Profile.load(tmp_path / "p.safetensors").drawn == DRAWN
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("schema", None),
+        ("menu", "2;4"),
+        ("menu", 3),
+        ("spec", []),
+        ("quantizer", "hqqq"),
+        ("text", 3),
+        ("fingerprint", None),
+        ("tokens", "x"),
+        ("tokens", -1),
+        ("full_nll", float("nan")),
+        ("cost_tokens", []),
+        ("drawn", "x"),
+        ("drawn", {"stream": "a", "length": 0, "windows": []}),
+        ("drawn", {"stream": "a", "length": 8, "windows": [-1]}),
+        ("drawn", {"stream": "a", "length": 8, "windows": [1e400]}),
+    ],
+)
+def test_a_hand_edited_header_is_refused(tmp_path, name, value):
+    path = tmp_path / "p.safetensors"
+    make_profile().save(path)
+    with safe_open(path, framework="numpy") as handle:
+        header = json.loads(handle.metadata()["dmpq"]) | {name: value}
+    save_file(load_file(path), path, metadata={"dmpq": json.dumps(header)})
+    with pytest.raises(InputError):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("name", ["hits", "frequency"])
+def test_shares_below_zero_are_refused(name):
+    profile = make_profile()
+    with pytest.raises(InputError, match=f"profile's {name} holds other values"):
+        dataclasses.replace(profile, **{name: -1 - getattr(profile, name)})
 
 
 def test_a_missing_file_is_named(tmp_path):

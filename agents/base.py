@@ -17,7 +17,7 @@ from dmpq.problem import Problem, Scores
 if TYPE_CHECKING:
     from dmpq.agents.policy import Policy
 
-FINALISTS: Final = 16
+FINALISTS: Final = 8
 """Maps that are measured again on the selector's text."""
 
 OnCandidate = Callable[["Candidate"], None]

@@ -6,14 +6,13 @@ to the most promising maps it has met.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import Candidate, Recorder, SearchResult
+from dmpq.agents.base import OnCandidate, Recorder, SearchResult
 from dmpq.envs.sequential import ExpertBitsEnv
 from dmpq.errors import InputError
 from dmpq.evaluation import SurrogateEvaluator
@@ -58,7 +57,7 @@ class MaskablePPOAgent:
         *,
         evaluations: int,
         seed: int,
-        on_candidate: Callable[[Candidate], None] | None = None,
+        on_candidate: OnCandidate | None = None,
     ) -> SearchResult:
         """Return the best map among ``evaluations`` distinct ones.
 

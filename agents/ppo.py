@@ -1,19 +1,19 @@
 """PPO over log-importances: a learned proposal on top of the exact knapsack.
 
-The search starts at the knapsack's own solution (a zero log-importance) and looks for the
-interactions that additive sensitivities miss. stable-baselines3's PPO does the learning; every
-map is scored through the recorder, which counts the evaluations.
+The search starts at the knapsack's own solution (a zero log-importance) and looks for what
+additive sensitivities miss. stable-baselines3's PPO samples and learns; between its updates the
+policy imitates a regression on all evaluations (:mod:`dmpq.agents.expert_iteration`). Every map
+is scored through the recorder, which counts the evaluations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 import numpy as np
 
-from dmpq.agents.base import Candidate, Recorder, SearchResult
+from dmpq.agents.base import OnCandidate, Recorder, SearchResult
 from dmpq.agents.policy import Policy, PolicyConfig
 from dmpq.envs.importance import ExpertBitsImportanceEnv
 from dmpq.errors import InputError
@@ -45,17 +45,16 @@ class PPOAgent:
         embedding: Size of the embedding that each decision learns; 0 leaves features alone, which
             is what a policy for other models should be trained with.
         log_scale: Largest absolute log-importance.
-        imitation: Optimizer steps per update that move the mean towards the best sample so far.
-            Near the knapsack's optimum the gradient of a few samples is mostly noise; without
-            this the mean drifts.
+        imitation: Optimizer steps per update that move the mean to the importances which all
+            evaluations so far speak for (:mod:`dmpq.agents.expert_iteration`); 0 for none.
     """
 
     name: ClassVar[str] = "ppo"
 
     learning_rate: float = 3e-3
-    std: float = 0.15
+    std: float = 0.3
     std_decay: float = 0.985
-    samples: int = 16
+    samples: int = 8
     epochs: int = 10
     clip_range: float = 0.2
     hidden: int = 64
@@ -79,7 +78,7 @@ class PPOAgent:
         *,
         evaluations: int,
         seed: int,
-        on_candidate: Callable[[Candidate], None] | None = None,
+        on_candidate: OnCandidate | None = None,
     ) -> SearchResult:
         """Return the best map among ``evaluations`` distinct ones, and the policy learned.
 
@@ -97,41 +96,16 @@ class PPOAgent:
     def _learn(self, problem: Problem, recorder: Recorder, *, seed: int) -> ImportancePolicy:
         import torch as th
         from stable_baselines3 import PPO
-        from stable_baselines3.common.callbacks import BaseCallback
 
+        from dmpq.agents.expert_iteration import ExpertIteration
         from dmpq.agents.networks import ImportancePolicy, NetworkShape
-
-        agent = self
-
-        class Schedule(BaseCallback):
-            """Narrows the samples, tries the mean after each update, stops at the budget."""
-
-            best: tuple[float, th.Tensor | None] = (recorder.history[0].reward, None)
-
-            def _on_rollout_start(self) -> None:
-                update = self.num_timesteps // agent.samples
-                if self.best[1] is not None and agent.learning_rate > 0:
-                    target = self.best[1]
-                    policy.imitate(th.as_tensor(observation)[None], target, steps=agent.imitation)
-                policy.set_std(agent.std * agent.std_decay**update)
-                # One evaluation stays for the sample that follows.
-                if recorder.remaining > 1:
-                    action, _ = policy.predict(observation, deterministic=True)
-                    mean = problem.propose(agent.log_scale * action.astype(np.float64))
-                    recorder.evaluate(mean[None])
-                    recorder.nominate(mean)
-
-            def _on_step(self) -> bool:
-                reward = float(self.locals["rewards"][0])
-                if reward > self.best[0]:
-                    self.best = (reward, th.as_tensor(self.locals["actions"].copy()))
-                return recorder.remaining > 0
 
         decisions, features = problem.features.shape
         env = ExpertBitsImportanceEnv(
             problem=problem, score=recorder.evaluate, log_scale=self.log_scale
         )
         observation, _ = env.reset()
+        assert isinstance(observation, np.ndarray)
         # What the search draws leaves torch's generator alone; SB3 seeds NumPy's and Python's.
         with th.random.fork_rng(devices=[]):
             model = PPO(
@@ -158,8 +132,18 @@ class PPOAgent:
                 },
             )
             policy = cast(ImportancePolicy, model.policy)
+            between = ExpertIteration(
+                problem,
+                recorder,
+                observation,
+                log_scale=self.log_scale,
+                samples=self.samples,
+                std=self.std,
+                std_decay=self.std_decay,
+                imitation=self.imitation,
+            )
             if recorder.remaining:
-                model.learn(_SAMPLES_PER_EVALUATION * recorder.remaining, callback=Schedule())
+                model.learn(_SAMPLES_PER_EVALUATION * recorder.remaining, callback=between)
         return policy
 
     def _policy(self, problem: Problem, learned: ImportancePolicy, *, seed: int) -> Policy:
@@ -169,6 +153,7 @@ class PPOAgent:
                 menu=problem.menu.keys,
                 feature_names=tuple(problem.feature_names),
                 context_size=len(problem.context),
+                fingerprint=problem.profile.fingerprint,
                 decisions=problem.num_decisions,
                 hidden=self.hidden,
                 embedding=self.embedding,

@@ -2,11 +2,11 @@
 
     python benchmarks/allocators.py
 
-For each seed a calibration draw of its own. PPO profiles on ``--profile-tokens``, searches with
-``--evaluations`` and chooses among its finalists on fresh text. The same agent with learning rate
-0 spends the same. MCKP spends all those tokens on a profile of more text (the profile, search and
-selection text of the agent, and more). All are judged on held-out text, on which nothing is
-chosen. ``--out`` keeps every row as JSON, and ``--read`` prints the table of such files.
+For each seed a calibration draw of its own, and the defaults of ``python -m dmpq.search`` but for
+``--weights acc=1``. PPO profiles, searches, and chooses among its finalists on fresh text. The
+same agent with learning rate 0 spends the same. MCKP spends all those tokens on a profile of more
+text. All are judged on held-out text, on which nothing is chosen. ``--out`` keeps every row as
+JSON, and ``--read`` prints the table of such files.
 """
 
 from __future__ import annotations
@@ -38,15 +38,7 @@ BUDGETS = (2.5, 3.0, 3.5)
 def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | str]]:
     """Return one row per budget and method for one calibration draw."""
     rows: list[dict[str, float | str]] = []
-    config = SearchConfig(
-        seed=seed,
-        weights="acc=1",
-        evaluations=arguments.evaluations,
-        profile_tokens=arguments.profile_tokens,
-        search_tokens=arguments.search_tokens,
-        selection_tokens=arguments.selection_tokens,
-        heldout_tokens=arguments.heldout_tokens,
-    )
+    config = SearchConfig(seed=seed, weights="acc=1", heldout_tokens=arguments.heldout_tokens)
     session = Session(config)
     heldout = session.evaluator("heldout")
     profile = session.profile()
@@ -121,11 +113,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4", help="calibration draws, comma-separated")
     parser.add_argument("--read", type=Path, nargs="+", help="rows of earlier runs to show")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--evaluations", type=int, default=120)
-    parser.add_argument("--profile-tokens", type=int, default=4096)
-    parser.add_argument("--search-tokens", type=int, default=8192)
-    parser.add_argument("--selection-tokens", type=int, default=32768)
-    parser.add_argument("--heldout-tokens", type=int, default=65536)
+    parser.add_argument("--heldout-tokens", type=int, default=131072)
     parser.add_argument("--out", type=Path, default=None, help="write every row as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

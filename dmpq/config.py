@@ -42,7 +42,7 @@ class SearchConfig:
     energy_j: float | None = _option(None, "limit on the energy of a step, joules")
     weights: str = _option("acc=1,lat=0.1,mem=0.1,eng=0.1", "weights of the reward's terms")
     agent: str = _option("ppo", "agent by name, or module:Class for your own")
-    evaluations: int = _option(200, "true evaluations that the agent may ask for")
+    evaluations: int = _option(64, "true evaluations that the agent may ask for")
     seed: int = _option(0, "seed of the calibration draw and of the agent")
     phase: str = _option("decode", "workload: what a step is", ("decode", "prefill"))
     batch: int = _option(1, "workload: sequences per step")
@@ -54,7 +54,7 @@ class SearchConfig:
     )
     profile: str | None = _option(None, "search on a saved profile, made by an earlier run")
     profile_tokens: int = _option(8192, "calibration tokens for the profile")
-    search_tokens: int = _option(16384, "calibration tokens per evaluation")
+    search_tokens: int = _option(32768, "calibration tokens per evaluation")
     selection_tokens: int = _option(65536, "fresh calibration tokens for the final choice")
     heldout_tokens: int = _option(65536, "held-out tokens for the report")
     sequence_length: int | None = _option(

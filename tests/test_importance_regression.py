@@ -1,0 +1,92 @@
+"""What evaluations say of importances: recovered where shown, left alone where not."""
+
+import numpy as np
+import pytest
+from factories import make_problem
+
+from dmpq.agents.importance_regression import posterior_importance
+
+
+@pytest.fixture
+def problem():
+    return make_problem(layers=4, experts=16, weights="acc=1")
+
+
+def drawn_maps(problem, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.stack([problem.propose(rng.normal(0, 0.5, 64)) for _ in range(count)])
+
+
+def additive_kl(problem, maps, importance):
+    rows = np.arange(problem.num_decisions)
+    return 0.05 + (importance * problem.sensitivity[rows, maps]).sum(1)
+
+
+def test_where_the_surrogate_is_right_nothing_moves(problem):
+    maps = drawn_maps(problem, 40)
+    kl = additive_kl(problem, maps, np.ones(64))
+    np.testing.assert_allclose(posterior_importance(problem, maps, kl), 1.0, atol=1e-6)
+
+
+def test_one_evaluation_says_nothing(problem):
+    maps = drawn_maps(problem, 1)
+    kl = 3 * additive_kl(problem, maps, np.ones(64))
+    np.testing.assert_array_equal(posterior_importance(problem, maps, kl), 1.0)
+
+
+def test_a_layer_misjudged_as_a_whole_is_found_in_few_evaluations(problem):
+    truth = np.where(problem.spec.layer_of_expert == 2, 3.0, 1.0)
+    maps = drawn_maps(problem, 24)
+    found = posterior_importance(problem, maps, additive_kl(problem, maps, truth))
+    in_layer = found[truth == 3.0].mean()
+    others = found[truth == 1.0].mean()
+    assert in_layer / others == pytest.approx(3.0, rel=0.15)
+
+
+def test_with_as_many_evaluations_as_decisions_each_is_told_apart(problem):
+    truth = np.random.default_rng(1).lognormal(0, 0.4, 64)
+    maps = drawn_maps(problem, 200)
+    found = posterior_importance(problem, maps, additive_kl(problem, maps, truth))
+    weight = problem.sensitivity[:, 0]
+    before = weight @ (1 - truth) ** 2
+    assert weight @ (found - truth) ** 2 < 0.1 * before
+
+
+def test_it_is_the_textbook_s_posterior_mean(problem):
+    """The kernel form equals the weight-space form (Rasmussen and Williams, eq. 2.8)."""
+    from dmpq.agents import importance_regression as module
+
+    maps, rng = drawn_maps(problem, 30), np.random.default_rng(2)
+    truth = rng.lognormal(0, 0.3, 64)
+    kl = additive_kl(problem, maps, truth) + rng.normal(0, 1e-3, 30)
+    rows = np.arange(64)
+    design = problem.sensitivity[rows, maps]
+    missed = kl - design.sum(1)
+    layers = problem.spec.layer_of_expert[:, None] == np.arange(4)
+    own, layer, noise = 0.2, 0.3, 0.1
+    prior = (
+        own**2 * np.eye(64)
+        + layer**2 * (layers @ layers.T)
+        + module._OVERALL_STD**2 * np.ones((64, 64))
+    )
+    variance = (noise * missed.std()) ** 2
+    centred = design - design.mean(0)
+    precision = centred.T @ centred / variance + np.linalg.inv(prior)
+    expected = 1 + np.linalg.solve(precision, centred.T @ (missed - missed.mean()) / variance)
+    grids = {"_OWN_STDS": (own,), "_LAYER_STDS": (layer,), "_NOISE_SHARES": (noise,)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, grid in grids.items():
+            patch.setattr(module, name, grid)
+        found = posterior_importance(problem, maps, kl)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("serve", ["projection", "layer"])
+def test_every_granularity(serve):
+    problem = make_problem(serve=serve, weights="acc=1")
+    rng = np.random.default_rng(0)
+    maps = np.stack([problem.propose(rng.normal(0, 1, problem.num_decisions)) for _ in range(12)])
+    kl = rng.random(12)
+    importance = posterior_importance(problem, maps, kl)
+    assert importance.shape == (problem.num_decisions,)
+    assert np.isfinite(importance).all()

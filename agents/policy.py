@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
-from dmpq.files import replace_atomically
+from dmpq.files import replace_atomically, safetensors_bytes
 from dmpq.problem import Problem
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class PolicyConfig:
         menu: Keys of the formats it was trained to choose among.
         feature_names: Columns of the feature rows it reads.
         context_size: Entries of the problem's context that it reads.
+        fingerprint: Of the model that its embedding was learned for.
         decisions: Number of decisions that its embedding was learned for.
         hidden: Width of the hidden layers.
         embedding: Size of the embedding; 0 for none.
@@ -42,6 +43,7 @@ class PolicyConfig:
     menu: tuple[str, ...]
     feature_names: tuple[str, ...]
     context_size: int
+    fingerprint: str
     decisions: int
     hidden: int
     embedding: int
@@ -65,8 +67,8 @@ class Policy:
     def log_importance(self, problem: Problem) -> NDArray[np.float64]:
         """Return the proposed log-importance of each decision, (D,).
 
-        The embedding takes part only where the problem has as many decisions as the training
-        problem; everywhere else the feature rows alone decide.
+        The embedding takes part only on the model it was learned for, with as many decisions;
+        everywhere else the feature rows alone decide.
 
         Raises:
             InputError: If the problem's menu or features are not those of the training.
@@ -76,8 +78,11 @@ class Policy:
         self._check(problem)
         rows = th.from_numpy(np.array(problem.features, dtype=np.float32))
         context = th.from_numpy(np.array(problem.context, dtype=np.float32))
+        network = self._network()
         with th.inference_mode():
-            proposal = self._network()(rows[None], context[None])[0].numpy()
+            if problem.profile.fingerprint != self.config.fingerprint:
+                network.embedding.zero_()
+            proposal = network(rows[None], context[None])[0].numpy()
         limit = self.config.log_scale
         clipped: NDArray[np.float64] = np.clip(proposal.astype(np.float64), -limit, limit)
         return clipped
@@ -92,11 +97,9 @@ class Policy:
         The description names its weights by their digest and is replaced last, so that a reader
         finds the old policy or the new one, never a mixture.
         """
-        from safetensors.numpy import save
-
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        data = save(dict(self.weights))
+        data = safetensors_bytes(self.weights)
         digest = hashlib.sha256(data).hexdigest()
         description = {
             "schema": SCHEMA,
@@ -220,6 +223,7 @@ def _read_config(values: Mapping[str, Any]) -> PolicyConfig:
     return PolicyConfig(
         menu=tuple(str(key) for key in values["menu"]),
         feature_names=tuple(str(name) for name in values["feature_names"]),
+        fingerprint=str(values["fingerprint"]),
         log_scale=scale,
         **sizes,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import stat
 
@@ -56,6 +57,16 @@ def test_proposes_for_other_budgets_and_models(policy):
         proposal = policy.propose(other)
         assert proposal.shape == (other.num_decisions,)
         assert other.feasible(proposal[None]).all()
+
+
+def test_another_model_of_the_same_size_does_not_get_the_embedding(problem, policy):
+    other = dataclasses.replace(
+        problem, profile=dataclasses.replace(problem.profile, fingerprint="another")
+    )
+    weights = dict(policy.weights) | {"embedding": np.zeros_like(policy.weights["embedding"])}
+    without = dataclasses.replace(policy, weights=weights)
+    assert (policy.log_importance(other) == without.log_importance(problem)).all()
+    assert (policy.log_importance(other) != policy.log_importance(problem)).any()
 
 
 def test_other_menu_is_refused(policy):

@@ -27,7 +27,6 @@ from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.moe import MoEModel, load_model, reference_path
 from dmpq.profile import Profile, reference_profile
-from dmpq.profiling import measure_profile
 from dmpq.session import Session
 
 HELDOUT_TOKENS = 131_072
@@ -132,11 +131,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     folder = reference_path().parent
     if arguments.write:
-        session = Session(
-            SearchConfig()
-        )  # the profile text of a default run: its search text is apart
-        evaluator = session.evaluator("profile")
-        profile = measure_profile(evaluator, text=session.splits.source, projections=True)
+        profile = Session(SearchConfig(serve="projection")).profile()
         profile.save(folder / "profile.safetensors")
     moe, tokenizer = load_model()
     request = TokenRequest(0, 0, 0, HELDOUT_TOKENS)

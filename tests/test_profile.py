@@ -140,3 +140,10 @@ def test_the_shipped_profile_is_of_the_shipped_model():
     assert profile.fingerprint == moe.fingerprint
     assert profile.spec == moe.spec
     assert np.isfinite(profile.router_norm_change).all()
+
+
+def test_the_shipped_profile_s_uniform_maps_are_worse_the_narrower_they_are():
+    profile = reference_profile()
+    assert profile.menu.keys == ("2", "3", "4", "8", "16")
+    assert profile.uniform_kl[-1] == 0.0
+    assert (np.diff(profile.uniform_kl) < 0).all()

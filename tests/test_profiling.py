@@ -1,5 +1,7 @@
 """Measured profiles against definitions computed the slow way."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from dmpq.bank import Bank
 from dmpq.evaluation import SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
+from dmpq.profile import Profile
 from dmpq.profiling import measure_profile
 
 MENU = Menu.parse("2g16,4g16,16")
@@ -136,3 +139,15 @@ def test_experts_that_are_never_hit_are_listed_and_cost_nothing(tiny, token_ids)
     assert (profile.sensitivity[profile.unhit] == 0).all()
     assert (profile.output_error[profile.unhit] == 0).all()
     assert np.isfinite(profile.contribution).all()
+
+
+def test_a_measured_profile_survives_its_file(tmp_path, measured):
+    """What measuring returns may be strided views, which safetensors would write wrongly."""
+    _, profile = measured
+    path = tmp_path / "profile.safetensors"
+    profile.save(path)
+    again = Profile.load(path)
+    for field in dataclasses.fields(Profile):
+        value = getattr(profile, field.name)
+        if isinstance(value, np.ndarray):
+            np.testing.assert_array_equal(getattr(again, field.name), value, err_msg=field.name)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dmpq.agents.base import OnCandidate, Recorder, SearchResult
 from dmpq.agents.policy import Policy, PolicyConfig
 from dmpq.envs.importance import ExpertBitsImportanceEnv
 from dmpq.errors import InputError
-from dmpq.problem import Problem
+from dmpq.problem import Problem, Scores
 
 if TYPE_CHECKING:
     from dmpq.agents.networks import ImportancePolicy
@@ -101,9 +102,14 @@ class PPOAgent:
         from dmpq.agents.networks import ImportancePolicy, NetworkShape
 
         decisions, features = problem.features.shape
-        env = ExpertBitsImportanceEnv(
-            problem=problem, score=recorder.evaluate, log_scale=self.log_scale
-        )
+
+        class Recorded(ExpertBitsImportanceEnv):
+            """Scores maps through the recorder, which counts them."""
+
+            def score(self, assignments: NDArray[np.integer]) -> Scores:
+                return recorder.evaluate(assignments)
+
+        env = Recorded(problem=problem, log_scale=self.log_scale)
         observation, _ = env.reset()
         assert isinstance(observation, np.ndarray)
         # What the search draws leaves torch's generator alone; SB3 seeds NumPy's and Python's.

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from dmpq.errors import InputError, did_you_mean, first_line
+from dmpq.overrides import overridden
 from dmpq.spec import ModelSpec, MoELayer
 
 IMPLEMENTATION: Final = "dmpq"
@@ -203,13 +204,9 @@ class MoEModel:
     @contextmanager
     def experts_forward(self, forwards: Sequence[Any]) -> Iterator[None]:
         """Run each container by a function of the interface's signature while the block lasts."""
-        for experts, forward in zip(self.containers, forwards, strict=True):
-            experts.module.__dict__[_FORWARDS] = forward
-        try:
+        modules = [experts.module for experts in self.containers]
+        with overridden(modules, _FORWARDS, forwards):
             yield
-        finally:
-            for experts in self.containers:
-                del experts.module.__dict__[_FORWARDS]
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Return next-token logits, fp32 (sequences, length, vocabulary)."""

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from dmpq.overrides import overridden
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -127,13 +129,10 @@ class Replayer:
             point: Index of the resume point.
         """
         paths = self._answered[point]
-        for path in paths:
-            self._modules[path].forward = _constant(recording.outputs[path])
-        try:
+        modules = [self._modules[path] for path in paths]
+        answers = [_constant(recording.outputs[path]) for path in paths]
+        with overridden(modules, "forward", answers):
             yield
-        finally:
-            for path in paths:
-                del self._modules[path].forward
 
 
 def _constant(value: Any) -> Callable[..., Any]:

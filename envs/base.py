@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar, Unpack, get_args
 
@@ -33,7 +32,6 @@ class EnvOptions(ProblemSettings, total=False):
     """Arguments that every environment takes, beside those of its problem."""
 
     problem: Problem | None
-    score: Callable[[NDArray[np.integer]], Scores] | None
     observation: ObservationMode
     render_mode: str | None
 
@@ -62,8 +60,6 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
 
     Args:
         problem: A problem made in Python; without it, one is made from ``settings``.
-        score: Replaces ``problem.evaluate``, for example by a recorder that counts evaluations:
-            takes maps (K, D), returns their scores.
         observation: ``"flat"`` or ``"dict"``.
         render_mode: ``"ansi"``, ``"rgb_array"`` or ``None``.
         settings: See :func:`~dmpq.envs.generator.make_problem`; plain JSON values.
@@ -75,7 +71,6 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
         self,
         *,
         problem: Problem | None = None,
-        score: Callable[[NDArray[np.integer]], Scores] | None = None,
         observation: ObservationMode = "flat",
         render_mode: str | None = None,
         **settings: Unpack[ProblemSettings],
@@ -91,13 +86,16 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
             raise unknown("render mode", render_mode, self.metadata["render_modes"])
         self.problem = make_problem(**settings) if problem is None else problem
         self.render_mode = render_mode
-        self._score = self.problem.evaluate if score is None else score
         self._parts = NamedParts(self.problem) if observation == "dict" else None
         self._bit_capacity = _bit_capacity(self.problem)
         self._floor: float | None = None
         self._started = False
         self._position = 0
         self._map = self._blank()
+
+    def score(self, assignments: NDArray[np.integer]) -> Scores:
+        """Return the true scores of finished maps, (K, D); override to count or to log them."""
+        return self.problem.evaluate(assignments)
 
     def _blank(self) -> NDArray[np.int64]:
         return np.full(self.problem.num_decisions, render.UNDECIDED)
@@ -152,7 +150,7 @@ class BitMapEnv(gym.Env[Observation, ActType], ABC):
 
     def _evaluate(self, assignment: NDArray[np.int64]) -> tuple[Scores, float, dict[str, Any]]:
         """Return a finished map's scores, its reward, and what ``info`` says of it."""
-        scores = self._score(assignment[None])
+        scores = self.score(assignment[None])
         reward = float(scores.reward[0])
         kl, nll = float(scores.kl[0]), float(scores.nll[0])
         terms = {name: float(term[0]) for name, term in scores.terms.items()}

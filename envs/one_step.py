@@ -62,4 +62,4 @@ class OneStepEnv(BitMapEnv[ActType]):
     def _restore(self, totals: tuple[float, ...]) -> Observation:
         del totals
         known = self._parts is not None and self._position == 1
-        return self._observe(self._score(self._map[None]) if known else None)
+        return self._observe(self.score(self._map[None]) if known else None)

@@ -54,7 +54,7 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 
 FLOORS = [
-    {"errors", "formats", "files"},
+    {"errors", "formats", "files", "overrides"},
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},

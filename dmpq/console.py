@@ -36,7 +36,8 @@ def plain_console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="replace")  # a terminal without µ is no reason to fail
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    # In a notebook as well: rich's own display there flushes the stream that it captures.
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, force_jupyter=False)
 
 
 def quiet_libraries() -> None:

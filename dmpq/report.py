@@ -24,6 +24,11 @@ _FAINT: Final = "#9aa0a6"
 _STRONG: Final = "#1a73e8"
 _FRONT: Final = "#d93025"
 
+_SAME: Final = 1e-3
+"""Costs closer than this share are the same on the front: no cost model tells them apart."""
+_LEAST_SPAN: Final = 0.02
+"""Share of the costs that an axis spans at least, so that no rounding looks like a choice."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -118,11 +123,15 @@ def plane(
     for axes, cost, label in zip(
         figure.subplots(1, 2, sharey=True),
         (bits, latency),
-        ("effective bits per expert weight", f"latency of a step on {problem.hardware.name}, µs"),
+        (
+            "effective bits per expert weight",
+            f"latency of a step on {problem.hardware.name}, µs\n"
+            f"(computed for {problem.cost_spec.name})",
+        ),
         strict=True,
     ):
         axes.scatter(cost, kl, s=14, color=_FAINT, label="evaluated maps", linewidths=0)
-        front = pareto(cost, kl)
+        front = pareto(np.round(cost / (_SAME * cost.max())), kl)
         axes.plot(cost[front], kl[front], "o-", color=_FRONT, ms=4, lw=1, label="front")
         for name, found in places.items():
             for i in found:
@@ -133,6 +142,10 @@ def plane(
         axes.set_xlabel(label)
         axes.grid(alpha=0.2)
         axes.margins(x=0.12)
+        middle, half = (cost.min() + cost.max()) / 2, _LEAST_SPAN * cost.max() / 2
+        axes.set_xlim(
+            min(axes.get_xlim()[0], middle - half), max(axes.get_xlim()[1], middle + half)
+        )
         axes.locator_params(axis="x", nbins=5)
         axes.ticklabel_format(axis="x", useOffset=False)
     figure.axes[0].set_ylabel("KL to full precision on search text, nats/token")

@@ -47,6 +47,7 @@ class BitMap:
         constraints: Limit → value, or ``None`` for no limit.
         hardware: ``name``, ``stack``, ``calibrated``, ``source`` and ``cost_geometry``.
         workload: ``phase``, ``batch`` and ``context``.
+        text: What it was measured on: ``dataset``, ``sequence_length`` and ``heldout_tokens``.
         serve: What shares one format: ``"expert"``, ``"projection"`` or ``"layer"``.
         metrics: ``"predicted"`` and ``"measured"``: name → ``{"value": number, "unit": text}``.
         search: ``agent``, ``seed``, ``evaluations`` and ``tokens``.
@@ -65,6 +66,7 @@ class BitMap:
     constraints: Mapping[str, float | None]
     hardware: Mapping[str, Any]
     workload: Mapping[str, Any]
+    text: Mapping[str, Any]
     serve: str
     metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]
     search: Mapping[str, Any]
@@ -360,6 +362,7 @@ _TAIL_SECTIONS: Final[dict[str, Callable[[str, Any], None]]] = {
         cost_geometry=_text_value,
     ),
     "workload": _record(phase=_one_of("decode", "prefill"), batch=_whole(1), context=_whole(1)),
+    "text": _record(dataset=_text_value, sequence_length=_whole(2), heldout_tokens=_whole(1)),
     "serve": _one_of("expert", "projection", "layer"),
     "metrics": _record(predicted=_METRICS, measured=_METRICS),
     "search": _record(

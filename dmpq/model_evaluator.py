@@ -390,9 +390,15 @@ def _read_journal(journal: JsonLines | None, text: str) -> dict[str, tuple[float
     answers: dict[str, tuple[float, float, float]] = {}
     for record in journal:
         match record:
-            case {"text": str(of), "map": str(key), "values": [kl, nll, shift]} if of == text:
-                answers[key] = (float(kl), float(nll), float(shift))
+            case {"text": str(of), "map": str(key), "values": [_, _, _] as values} if (
+                of == text and all(_is_finite_number(value) for value in values)
+            ):
+                answers[key] = (float(values[0]), float(values[1]), float(values[2]))
     return answers
+
+
+def _is_finite_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _forward_costs(spec: ModelSpec) -> tuple[list[int], list[int], int]:

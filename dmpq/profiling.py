@@ -220,8 +220,11 @@ def _weight_statistics(moe: MoEModel) -> dict[str, NDArray[np.float64]]:
             flat = torch.cat([m.flatten() for m in matrices])
             centred = flat - flat.mean()
             variance = centred.square().mean()
-            kurtosis = centred.pow(4).mean() / variance.square() - 3
-            outlier = max(float(m.abs().max() / m.abs().mean()) for m in matrices)
+            # An expert of zeros, pruned before it came here, has neither tails nor outliers.
+            kurtosis = centred.pow(4).mean() / variance.square() - 3 if variance > 0 else 0.0
+            outlier = max(
+                float(m.abs().max() / m.abs().mean()) if m.any() else 1.0 for m in matrices
+            )
             row_variance = matrices[0].var(dim=1, unbiased=False).max()
             rows.append((float(flat.norm()), float(kurtosis), outlier, float(row_variance)))
     names = ("weight_norm", "kurtosis", "outlier_ratio", "max_row_variance")

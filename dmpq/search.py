@@ -326,6 +326,11 @@ def _bitmap(
             "cost_geometry": config.geometry,
         },
         workload=asdict(problem.workload),
+        text={
+            "dataset": config.dataset,
+            "sequence_length": run.session.splits.heldout.shape[1],
+            "heldout_tokens": config.heldout_tokens,
+        },
         serve=problem.serve,
         metrics={
             "predicted": {
@@ -423,13 +428,19 @@ def _versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
-    """Return the revision of the checkout that this code runs from, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
+    """Return the revision of the checkout that this code belongs to, if it does to one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+        return done.stdout.strip()
+
+    try:
+        # Installed into somebody's own checkout, these files are not what its revision names.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

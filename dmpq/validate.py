@@ -36,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bitmap", type=Path, help="a bit map written by dmpq.search")
     parser.add_argument("--model", help="checkpoint (default: the one the map names)")
     parser.add_argument("--hw", help="device or device file (default: the one the map names)")
-    parser.add_argument("--dataset", default=defaults["dataset"], help="as in the search")
-    parser.add_argument("--heldout-tokens", type=int, default=defaults["heldout_tokens"])
-    parser.add_argument("--sequence-length", type=int, default=None)
+    parser.add_argument("--dataset", help="text (default: the map's own)")
+    parser.add_argument("--heldout-tokens", type=int, help="default: as many as the map's own")
+    parser.add_argument("--sequence-length", type=int, help="default: the map's own")
     parser.add_argument("--device", default=defaults["device"])
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args(argv)
@@ -81,12 +81,17 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
 
     from dmpq.session import Session, check_numbers
 
-    workload = bitmap.workload
+    workload, text = bitmap.workload, dict(bitmap.text)
+    text |= {
+        name: value
+        for name, value in vars(arguments).items()
+        if name in text and value is not None
+    }
     config = SearchConfig(
         hw=bitmap.hardware["name"] if arguments.hw is None else arguments.hw,
         model=bitmap.model["id"] if arguments.model is None else arguments.model,
         revision=bitmap.model["revision"],
-        dataset=arguments.dataset,
+        dataset=text["dataset"],
         bits=",".join(bitmap.menu.keys),
         quantizer=bitmap.menu.quantizer,
         symmetric=bitmap.menu.symmetric,
@@ -94,8 +99,8 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         phase=workload["phase"],
         batch=workload["batch"],
         context=workload["context"],
-        heldout_tokens=arguments.heldout_tokens,
-        sequence_length=arguments.sequence_length,
+        heldout_tokens=text["heldout_tokens"],
+        sequence_length=text["sequence_length"],
         device=arguments.device,
         threads=arguments.threads,
     )

@@ -58,6 +58,7 @@ def make_bitmap(assignment=(0, 1, 2, 3, 0, 1), *, serve="expert", geometry=SPEC,
             "cost_geometry": "olmoe-1b-7b",
         },
         "workload": {"phase": "decode", "batch": 1, "context": 2048},
+        "text": {"dataset": "embedded", "sequence_length": 128, "heldout_tokens": 512},
         "serve": serve,
         "metrics": {
             "predicted": {"latency": {"value": np.float64(0.5), "unit": "s"}},

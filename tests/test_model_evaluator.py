@@ -1,6 +1,7 @@
 """The evaluator against its slow, obvious twin: weights replaced in a copy of the model."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -289,6 +290,23 @@ def test_a_journal_answers_for_another_process(evaluator, tiny, token_ids, tmp_p
     assert answers[0].kl.tolist() == answers[1].kl.tolist()
     assert spent == pytest.approx(answers[1].tokens)
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("values", ["[1.0, 2.0]", '["x", 1, 2]', "[null, 1, 2]", "[1e400, 1, 2]"])
+def test_damaged_answers_in_a_journal_are_measured_again(tiny, token_ids, tmp_path, values):
+    def answer():
+        journal = JsonLines(tmp_path / "journal.jsonl")
+        found = ModelEvaluator(
+            Bank(tiny(), MENU), token_ids.numpy(), label="t", journal=journal, batch_tokens=64
+        ).evaluate(np.zeros((1, 16), int))
+        journal.close()
+        return found.kl[0]
+
+    first = answer()
+    line = json.loads((tmp_path / "journal.jsonl").read_text())
+    text = json.dumps(line | {"values": None}).replace("null", values)
+    (tmp_path / "journal.jsonl").write_text(text + "\n")
+    assert answer() == first
 
 
 def test_a_journal_of_other_text_is_not_believed(tiny, token_ids, tmp_path):

@@ -5,12 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import build
 from torch.nn import functional
 
 from dmpq.bank import Bank
 from dmpq.evaluation import SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
+from dmpq.moe import MoEModel
 from dmpq.profile import Profile
 from dmpq.profiling import measure_profile
 
@@ -151,3 +153,13 @@ def test_a_measured_profile_survives_its_file(tmp_path, measured):
         value = getattr(profile, field.name)
         if isinstance(value, np.ndarray):
             np.testing.assert_array_equal(getattr(again, field.name), value, err_msg=field.name)
+
+
+def test_an_expert_of_zeros_is_profiled_like_any_other(token_ids):
+    moe = MoEModel(build("olmoe"), name="pruned")
+    moe.containers[0].gate_up[0].zero_()
+    moe.containers[0].down[0].zero_()
+    evaluator = ModelEvaluator(Bank(moe, MENU), token_ids.numpy(), label="p", batch_tokens=64)
+    profile = measure_profile(evaluator, text="random")
+    assert (profile.sensitivity[0] == 0).all()
+    assert (profile.kurtosis[0], profile.outlier_ratio[0]) == (0.0, 1.0)

@@ -23,7 +23,7 @@ def bitmap(tmp_path_factory):
 
 def test_what_the_search_claims_holds(bitmap, capsys):
     capsys.readouterr()
-    assert validate([str(bitmap), "--heldout-tokens=512"]) == 0
+    assert validate([str(bitmap)]) == 0
     shown = capsys.readouterr().out
     assert shown.count("  ok  ") == 4
     assert "WRONG" not in shown
@@ -34,7 +34,7 @@ def test_a_claim_that_was_improved_is_found(bitmap, tmp_path, capsys):
     data["metrics"]["measured"]["heldout_kl"]["value"] /= 2
     forged = tmp_path / "forged.json"
     forged.write_text(json.dumps(data))
-    assert validate([str(forged), "--heldout-tokens=512"]) == 1
+    assert validate([str(forged)]) == 1
     assert "WRONG heldout_kl" in capsys.readouterr().out
 
 

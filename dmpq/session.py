@@ -104,17 +104,6 @@ class Session:
             )
         return weights
 
-    @property
-    def _certain_constraints(self) -> Constraints:
-        """The limits that can be checked before the routing is known.
-
-        A single token selects ``top_k`` experts whatever the routing; of more tokens, time and
-        energy depend on how many distinct experts they select.
-        """
-        if self.workload.tokens == 1:
-            return self.constraints
-        return replace(self.constraints, latency_s=None, energy_j=None)
-
     @cached_property
     def _loaded(self) -> tuple[MoEModel, Any]:
         from dmpq.moe import load_model
@@ -268,7 +257,7 @@ class Session:
             cost_spec=self.cost_spec(profile.spec),
             workload=self.workload,
             weights=self.weights,
-            constraints=self.constraints if profile.tokens else self._certain_constraints,
+            constraints=self.constraints,
             serve=c.serve,  # type: ignore[arg-type]
             **({} if evaluator is None else {"evaluator": evaluator}),
             selector=selector,
@@ -286,7 +275,7 @@ class Session:
         if c.geometry != "own":
             load_geometry(c.geometry)
         if c.profile is None:
-            self.problem(_empty_profile(self.moe.spec, self.menu))
+            self.problem(_empty_profile(self.moe.spec, self.menu, tokens=self.workload.tokens))
         else:
             self.problem(self._saved_profile)
         _ = self.splits
@@ -309,11 +298,22 @@ def check_numbers(config: SearchConfig) -> None:
         )
 
 
-def _empty_profile(spec: ModelSpec, menu: Menu) -> Profile:
-    """Return a profile of zeros, on which a problem checks its limits before any forward."""
+def _empty_profile(spec: ModelSpec, menu: Menu, *, tokens: int) -> Profile:
+    """Return a profile of zeros, on which a problem checks its limits before any forward.
+
+    The routing is not known yet. A single token selects ``top_k`` experts whatever it is. More
+    tokens are taken to select the same ones all together: the fewest experts, so that a limit
+    which even that exceeds is infeasible for certain.
+    """
     import numpy as np
 
     experts, formats = spec.num_experts, len(menu)
+    shares = [
+        np.full(layer.num_experts, layer.top_k / layer.num_experts)
+        if tokens == 1
+        else (np.arange(layer.num_experts) < layer.top_k).astype(float)
+        for layer in spec.moe_layers
+    ]
     flat, wide = np.zeros(experts), np.zeros((experts, formats))
     return Profile(
         spec=spec,
@@ -324,10 +324,7 @@ def _empty_profile(spec: ModelSpec, menu: Menu) -> Profile:
         full_nll=0.0,
         cost_tokens=0.0,
         hits=np.zeros(experts, np.int64),
-        frequency=np.repeat(
-            [layer.top_k / layer.num_experts for layer in spec.moe_layers],
-            [layer.num_experts for layer in spec.moe_layers],
-        ),
+        frequency=np.concatenate(shares),
         routing_weight=flat,
         contribution=flat,
         sensitivity=wide,

@@ -121,7 +121,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path):
     if process.returncode == 130:  # else it was quicker than the signal
         assert "best map so far" in output
         assert BitMap.read(out / "bitmap.partial.json")
-        assert not (out / "bitmap.json").exists()
+        assert not out.exists()
     journal = (out / "journal.jsonl").read_text()
     resumed = run(*QUICK, f"--out={out}")
     assert resumed.returncode == 0, resumed.stderr
@@ -192,6 +192,7 @@ def test_every_field_is_a_flag_of_the_same_name_and_default():
         (["--avg-bits=nan"], "nan"),
         (["--memory-gb=0.0001"], "memory"),
         (["--latency-ms=0.000001"], "latency"),
+        (["--latency-ms=0.1", "--batch=8"], "the least time in ms"),
         (["--evaluations=0"], "--evaluations 0"),
         (["--search-tokens=0"], "--search-tokens 0"),
         (["--sequence-length=1"], "--sequence-length 1"),
@@ -217,7 +218,7 @@ def test_bad_input_ends_with_two_and_one_sentence(tmp_path, capsys, arguments, m
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
-    assert not (out / "bitmap.json").exists()
+    assert not out.exists()
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):

@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from dmpq.agents.base import Recorder
 from dmpq.agents.importance_regression import posterior_importance
 from dmpq.agents.networks import ImportancePolicy
+from dmpq.evaluation import FAILURE_NATS
 from dmpq.problem import Problem
 
 
@@ -74,7 +75,10 @@ class ExpertIteration(BaseCallback):
 
     def _belief(self) -> NDArray[np.float32]:
         """Return the action that the evaluations speak for, (D,)."""
-        history = self._recorder.history
+        # A map without a finite loss would drown what all others say.
+        history = [found for found in self._recorder.history if found.kl < FAILURE_NATS]
+        if not history:
+            return np.zeros(self._problem.num_decisions, np.float32)
         importance = posterior_importance(
             self._problem,
             np.array([candidate.assignment for candidate in history]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from dmpq.profile import Profile
 
 Assignments = NDArray[np.integer]
+
+FAILURE_NATS: Final = 100.0
+"""KL and NLL of a map whose logits are not finite: finite, and worse than any working map."""
 
 
 @dataclass(frozen=True, eq=False)

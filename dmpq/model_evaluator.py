@@ -19,15 +19,13 @@ from torch.nn import functional
 from dmpq.bank import Bank
 from dmpq.data import Windows
 from dmpq.errors import InputError
-from dmpq.evaluation import Assignments, Evaluations
+from dmpq.evaluation import FAILURE_NATS, Assignments, Evaluations
 from dmpq.files import JsonLines
 from dmpq.replay import Recording, Replayer
 from dmpq.spec import ModelSpec
 
 BATCH_TOKENS: Final = 4096
 PREFIX_MEMORY: Final = 4 * 2**30
-FAILURE_NATS: Final = 100.0
-"""KL and NLL of a map whose logits are not finite: finite, and worse than any working map."""
 
 _LAYER_NUMBER: Final = re.compile(r"\.(\d+)\.")
 _PROBE_LENGTH: Final = 8

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dmpq.agents import Candidate
+    from dmpq.hw_models import Cost, Workload
     from dmpq.problem import Problem
 
 _FAINT: Final = "#9aa0a6"
@@ -55,6 +56,41 @@ class Row:
     tokens_per_s: float
     energy_j: float
     evaluations: int
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        *,
+        bits: float,
+        kl: float,
+        nll: float,
+        cost: Cost,
+        workload: Workload,
+        evaluations: int,
+    ) -> Row:
+        """Return the row of one map.
+
+        Args:
+            name: The allocation.
+            bits: Effective bits per expert weight.
+            kl: Held-out KL, nats per token.
+            nll: Held-out negative log-likelihood, nats per token.
+            cost: Of the one map (K = 1).
+            workload: That the costs are for.
+            evaluations: True evaluations that finding it took.
+        """
+        return cls(
+            name=name,
+            effective_bits=float(bits),
+            heldout_kl=float(kl),
+            heldout_ppl=float(np.exp(nll)),
+            memory_bytes=float(cost.memory_bytes[0]),
+            latency_s=float(cost.latency_s[0]),
+            tokens_per_s=float(cost.tokens_per_s(workload)[0]),
+            energy_j=float(cost.energy_j[0]),
+            evaluations=evaluations,
+        )
 
 
 def table(rows: Sequence[Row], *, caption: str, best: str) -> Table:

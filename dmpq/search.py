@@ -24,7 +24,9 @@ from dmpq.config import SearchConfig, add_options, from_arguments
 from dmpq.console import INTERRUPTED, plain_console, progress_bars, quiet_libraries, refuse
 from dmpq.embedded import differs_from_card
 from dmpq.errors import InputError, first_line, is_out_of_memory
-from dmpq.files import JsonLines
+from dmpq.evaluation import FAILURE_NATS
+from dmpq.files import JsonLines, replace_atomically
+from dmpq.formats import Menu
 from dmpq.guard import BASELINES, UNIFORM, make_agent, run_agent
 from dmpq.run_folder import only_run_in, run_folder
 
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
 
     from dmpq.agents import Agent, Candidate, SearchResult
     from dmpq.bitmap import BitMap
+    from dmpq.model_evaluator import ModelEvaluator
     from dmpq.problem import Problem
+    from dmpq.profile import Profile
     from dmpq.report import Row
     from dmpq.session import Session
 
@@ -143,6 +147,7 @@ def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
     try:
         profile = session.profile()
         profile.save(run.path("profile.safetensors"))
+        run.console.print(_head_room(profile))
         problem = session.problem(
             profile,
             evaluator=session.evaluator("search"),
@@ -158,22 +163,21 @@ def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
         session.journal.close()
 
 
+def _head_room(profile: Profile) -> str:
+    room = profile.head_room()
+    return (
+        f"  head-room AM/GM of what experts lose: {room['within_layers']:.2f} within layers, "
+        f"{room['whole_model']:.2f} over all;\n            at 1.00 a uniform map is the best"
+    )
+
+
 def _searched(run: _Run, problem: Problem) -> SearchResult:
     """Run the agent, and write every candidate into the history."""
     config, partial = run.config, run.path("history.partial.jsonl")
     with partial.open("w", encoding="utf-8") as history:
 
         def on_candidate(candidate: Candidate) -> None:
-            line = {
-                "evaluation": candidate.evaluation,
-                "reward": candidate.reward,
-                "kl": candidate.kl,
-                "nll": candidate.nll,
-                "router_shift": candidate.router_shift,
-                "effective_bits": candidate.effective_bits,
-                "assignment": [problem.menu.keys[i] for i in candidate.assignment],
-            }
-            history.write(json.dumps(line) + "\n")
+            history.write(_history_line(candidate, problem))
             history.flush()
             run.seen = candidate.evaluation
             if candidate.feasible and (run.best is None or candidate.reward > run.best.reward):
@@ -191,8 +195,17 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
             on_candidate=on_candidate,
             trace=run.path("agent_error.txt"),
         )
-    os.replace(partial, run.path("history.jsonl"))
+    # From the result, since an agent of a user's need not report what it evaluates.
+    lines = "".join(_history_line(candidate, problem) for candidate in result.history)
+    replace_atomically(run.path("history.jsonl"), lines.encode())
+    partial.unlink()
     return result
+
+
+def _history_line(candidate: Candidate, problem: Problem) -> str:
+    facts = vars(candidate) | {"assignment": [problem.menu.keys[i] for i in candidate.assignment]}
+    names = ("evaluation", "reward", "kl", "nll", "router_shift", "effective_bits", "assignment")
+    return json.dumps({name: facts[name] for name in names}) + "\n"
 
 
 def _keep_best(run: _Run, problem: Problem) -> None:
@@ -270,25 +283,47 @@ def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
             found = agents.make(name).search(problem, evaluations=1, seed=config.seed)
             maps[name] = (found.assignment, found.evaluations)
     maps[run.agent.name] = (result.assignment, result.evaluations)
-    rows = []
+    rows = [] if UNIFORM["bf16"] in problem.menu.keys else [_full_row(session, problem, heldout)]
+    total = len(rows) + len(maps)
     for name, (assignment, evaluations) in maps.items():
         measured = heldout.evaluate(problem.expand(assignment[None]))
         cost = problem.costs(assignment[None])
         rows.append(
-            Row(
-                name=name,
-                effective_bits=float(problem.effective_bits(assignment[None])[0]),
-                heldout_kl=float(measured.kl[0]),
-                heldout_ppl=float(measured.perplexity[0]),
-                memory_bytes=float(cost.memory_bytes[0]),
-                latency_s=float(cost.latency_s[0]),
-                tokens_per_s=float(cost.tokens_per_s(problem.workload)[0]),
-                energy_j=float(cost.energy_j[0]),
+            Row.of(
+                name,
+                bits=problem.effective_bits(assignment[None])[0],
+                kl=measured.kl[0],
+                nll=measured.nll[0],
+                cost=cost,
+                workload=problem.workload,
                 evaluations=evaluations,
             )
         )
-        session.progress("held-out text", len(rows), len(maps))
+        session.progress("held-out text", len(rows), total)
     return rows
+
+
+def _full_row(session: Session, problem: Problem, heldout: ModelEvaluator) -> Row:
+    """Return the row of full precision where the menu has none."""
+    from dmpq.report import Row
+
+    full = Menu.parse(UNIFORM["bf16"])
+    cost = problem.hardware.cost(
+        problem.cost_spec,
+        full,
+        np.zeros((1, problem.spec.num_experts), np.int64),
+        problem.workload,
+        inclusion=problem.profile.frequency,
+    )
+    return Row.of(
+        "bf16",
+        bits=full.formats[0].bits,
+        kl=0.0,
+        nll=heldout.full_nll(),
+        cost=cost,
+        workload=session.workload,
+        evaluations=0,
+    )
 
 
 def _bitmap(
@@ -390,6 +425,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
     )
     report.save_figure(heat, run.path("bits.png"))
     profile = problem.profile
+    failed = sum(candidate.kl >= FAILURE_NATS for candidate in result.history)
     facts = {
         "config": asdict(config),
         "costs": _cost_caption(session),
@@ -401,6 +437,8 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),
+        "constraints": asdict(problem.constraints),
+        "failed_maps": failed,
         "tokens": {"profile": profile.cost_tokens, "search": result.tokens},
         "seconds": time.monotonic() - run.started,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -413,6 +451,10 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         f"tokens;\nmemory, latency, energy {_cost_caption(session)}"
     )
     run.console.print(report.table(rows, caption=caption, best=rows[-1].name))
+    if failed:
+        run.console.print(
+            f"  {failed} maps had no finite loss; each counts as {FAILURE_NATS:g} nats per token"
+        )
     if profile.unhit.size:
         run.console.print(f"  calibration never hit experts {profile.unhit.tolist()}")
     run.console.print(

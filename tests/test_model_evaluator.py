@@ -12,9 +12,10 @@ from torch.nn import functional
 from dmpq import model_evaluator
 from dmpq.bank import Bank
 from dmpq.errors import InputError
+from dmpq.evaluation import FAILURE_NATS
 from dmpq.files import JsonLines
 from dmpq.formats import Menu
-from dmpq.model_evaluator import FAILURE_NATS, ModelEvaluator
+from dmpq.model_evaluator import ModelEvaluator
 from dmpq.profiling import measure_profile
 
 MENU = Menu.parse("2g16,3g16,4g16,16")

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from dmpq.agents import Recorder
 from dmpq.bitmap import BitMap
 from dmpq.config import SearchConfig
 from dmpq.search import main
@@ -121,7 +122,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(finished, tmp_path):
     if process.returncode == 130:  # else it was quicker than the signal
         assert "best map so far" in output
         assert BitMap.read(out / "bitmap.partial.json")
-        assert not out.exists()
+        assert not (out / "bitmap.json").exists()
     journal = (out / "journal.jsonl").read_text()
     resumed = run(*QUICK, f"--out={out}")
     assert resumed.returncode == 0, resumed.stderr
@@ -160,6 +161,37 @@ def test_an_agent_of_the_user_s_own(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     assert rows[-1]["name"] == "narrow"
     assert rows[-1]["effective_bits"] == min(row["effective_bits"] for row in rows)
+
+
+class Silent:
+    """Evaluates without a word to ``on_candidate``."""
+
+    name = "silent"
+
+    def search(self, problem, *, evaluations, seed, on_candidate=None):
+        del seed, on_candidate
+        recorder = Recorder(problem, evaluations=evaluations)
+        recorder.evaluate(np.stack([problem.uniform("2"), problem.mckp()]))
+        return recorder.result()
+
+
+def test_history_does_not_depend_on_what_an_agent_reports(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "silent", sys.modules[__name__])
+    out = tmp_path / "run"
+    assert main([*QUICK, "--agent=silent:Silent", f"--out={out}"]) == 0
+    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    assert [line["evaluation"] for line in lines] == [1, 2]
+    assert set(lines[0]["assignment"]) == {"2"}
+
+
+def test_full_precision_has_a_row_whatever_the_menu(tmp_path, finished):
+    out = tmp_path / "run"
+    assert main([*QUICK, "--bits=2,4", "--agent=mckp", f"--out={out}"]) == 0
+    rows, others = (
+        json.loads((folder / "summary.json").read_text())["rows"] for folder in (out, finished)
+    )
+    assert [row["name"] for row in rows] == ["bf16", "uniform4", "frequency", "mckp"]
+    assert rows[0] == others[0]
 
 
 @pytest.mark.parametrize("serve", ["layer", "projection"])

@@ -64,44 +64,41 @@ class Cost:
 
 
 class HardwareModel(Protocol):
-    """A device under a kernel stack, able to price bit maps.
-
-    Attributes:
-        name: Name to load it by, for example ``"a100"``.
-        device: The device in words.
-        stack: Kernels that the figures hold for.
-        deterministic: Whether the same question always has the same answer.
-        calibrated: Whether the figures were fitted to measurements on this very device.
-        source: Where the figures come from.
-        capacity_bytes: Memory of the device.
-    """
+    """A device under a kernel stack, able to price bit maps."""
 
     @property
-    def name(self) -> str:  # noqa: D102
+    def name(self) -> str:
+        """Name to load it by, for example ``"a100"``."""
         ...
 
     @property
-    def device(self) -> str:  # noqa: D102
+    def device(self) -> str:
+        """The device in words."""
         ...
 
     @property
-    def stack(self) -> str:  # noqa: D102
+    def stack(self) -> str:
+        """Kernels that the figures hold for."""
         ...
 
     @property
-    def deterministic(self) -> bool:  # noqa: D102
+    def deterministic(self) -> bool:
+        """Whether the same question always has the same answer."""
         ...
 
     @property
-    def calibrated(self) -> bool:  # noqa: D102
+    def calibrated(self) -> bool:
+        """Whether the figures were fitted to measurements on this very device."""
         ...
 
     @property
-    def source(self) -> str:  # noqa: D102
+    def source(self) -> str:
+        """Where the figures come from."""
         ...
 
     @property
-    def capacity_bytes(self) -> float:  # noqa: D102
+    def capacity_bytes(self) -> float:
+        """Memory of the device, bytes."""
         ...
 
     def cost(

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Final
 
 import numpy as np
+from numpy.linalg import LinAlgError
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
@@ -33,6 +34,9 @@ _LAYER_STDS: Final = (0.0, 0.1, 0.3, 1.0, 10.0, 100.0)
 _NOISE_SHARES: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Candidates for the noise, relative to the spread of what additive sensitivities miss."""
 
+_ROUNDING: Final = 1e-9
+"""Share of the KL below which what additive sensitivities miss is rounding."""
+
 
 def posterior_importance(problem: Problem, maps: NDArray[np.integer], kl: Floats) -> Floats:
     """Return the posterior mean importance of each decision, (D,).
@@ -46,7 +50,7 @@ def posterior_importance(problem: Problem, maps: NDArray[np.integer], kl: Floats
     additive = problem.sensitivity[rows, maps]
     missed = kl - additive.sum(1)
     spread = float(missed.std())
-    if spread == 0:
+    if spread <= _ROUNDING * float(np.abs(kl).max()):
         return np.ones(len(rows))
     layers = problem.per_decision(problem.spec.layer_of_expert.astype(np.float64)).astype(int)
     in_layer = layers[:, None] == np.unique(layers)
@@ -58,10 +62,16 @@ def posterior_importance(problem: Problem, maps: NDArray[np.integer], kl: Floats
         """Return the log evidence, up to a constant, and the weights of the evaluations."""
         kernel = overall + own_std**2 * own + layer_std**2 * shared
         kernel[np.diag_indices_from(kernel)] += (noise * spread) ** 2
-        factor = cho_factor(kernel, lower=True)
+        impossible = -np.inf, np.zeros(len(kl))  # noise below the kernel's rounding
+        try:
+            factor = cho_factor(kernel, lower=True)
+        except LinAlgError:
+            return impossible
         ones = np.ones(len(kl))
         solved = cho_solve(factor, np.stack([missed, ones], axis=1))
         precision = float(ones @ solved[:, 1])
+        if precision <= 0:
+            return impossible
         weights = solved[:, 0] - solved[:, 1] * float(ones @ solved[:, 0]) / precision
         log_determinant = 2 * float(np.log(np.diag(factor[0])).sum()) + np.log(precision)
         return -float(missed @ weights) - log_determinant, weights

@@ -28,6 +28,15 @@ def test_where_the_surrogate_is_right_nothing_moves(problem):
     np.testing.assert_allclose(posterior_importance(problem, maps, kl), 1.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("share", [1e-3, 1e-5, 1e-7, 1e-9, 1e-12, 1e-15])
+def test_the_smaller_the_misses_the_smaller_the_moves(problem, share):
+    maps = drawn_maps(problem, 100)
+    kl = additive_kl(problem, maps, np.ones(64))
+    kl = kl * (1 + share * np.random.default_rng(0).normal(size=100))
+    # The widths offered are far above the smaller shares, so that noise is fitted as it is.
+    np.testing.assert_allclose(posterior_importance(problem, maps, kl), 1.0, atol=1000 * share)
+
+
 def test_one_evaluation_says_nothing(problem):
     maps = drawn_maps(problem, 1)
     kl = 3 * additive_kl(problem, maps, np.ones(64))

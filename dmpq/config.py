@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, get_args, get_type_hints
 
+from dmpq.errors import unknown
+
 _DEFAULT_AVG_BITS: Final = 3.0
 
 
@@ -66,6 +68,12 @@ class SearchConfig:
     trust_remote_code: bool = _option(False, "let code that comes with a checkpoint run")
     out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
 
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            choices, value = option.metadata["choices"], getattr(self, option.name)
+            if choices is not None and value not in choices:
+                raise unknown(_flag(option.name), value, choices)
+
     @property
     def effective_avg_bits(self) -> float | None:
         """The limit on effective bits: as given, or 3 where no other limit is."""
@@ -89,22 +97,26 @@ class SearchConfig:
 _NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb")
 
 
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add one flag per field of :class:`SearchConfig`, with its default and its help."""
     hints = get_type_hints(SearchConfig)
     for option in fields(SearchConfig):
-        flag = "--" + option.name.replace("_", "-")
+        flag = _flag(option.name)
         text, choices = option.metadata["help"], option.metadata["choices"]
         if hints[option.name] is bool:
             parser.add_argument(flag, action="store_true", help=text)
             continue
+        name = option.name.rpartition("_")[2]
         shown = "" if option.default is None else " (default: %(default)s)"
         parser.add_argument(
             flag,
             type=_parser_of(hints[option.name]),
-            choices=choices,
             default=option.default,
-            metavar=None if choices else option.name.rpartition("_")[2].upper(),
+            metavar=f"{{{','.join(choices)}}}" if choices else name.upper(),
             help=text + shown,
         )
 

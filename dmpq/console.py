@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +28,14 @@ def refuse(reason: object) -> int:
     text = "".join(c if c.isprintable() else " " for c in str(reason))
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
     return BAD_INPUT
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Refuses a command line as everything else is refused: one line, and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what was wrong with the command line, and exit."""
+        self.exit(refuse(f"{message}; --help lists every option."))
 
 
 def plain_console(*, stderr: bool = False) -> Console:

@@ -21,7 +21,14 @@ import numpy as np
 
 import dmpq
 from dmpq.config import SearchConfig, add_options, from_arguments
-from dmpq.console import INTERRUPTED, plain_console, progress_bars, quiet_libraries, refuse
+from dmpq.console import (
+    INTERRUPTED,
+    CommandParser,
+    plain_console,
+    progress_bars,
+    quiet_libraries,
+    refuse,
+)
 from dmpq.embedded import differs_from_card
 from dmpq.errors import InputError, first_line, is_out_of_memory
 from dmpq.evaluation import FAILURE_NATS
@@ -72,7 +79,7 @@ class _Run:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m dmpq.search",
         description="Find a bit map for a model on a device, and say what it is worth.",
         epilog=_EXAMPLES,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.config import SearchConfig
-from dmpq.console import INTERRUPTED, plain_console, quiet_libraries, refuse
+from dmpq.console import INTERRUPTED, CommandParser, plain_console, quiet_libraries, refuse
 from dmpq.errors import InputError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _RELATIVE_TOLERANCE: Final = 1e-3
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 where every claim holds, 1 where one does not, 2 on bad input."""
     defaults = asdict(SearchConfig())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m dmpq.validate",
         description="Measure again what a bit map claims, and compare.",
     )

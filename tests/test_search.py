@@ -241,6 +241,8 @@ def test_every_field_is_a_flag_of_the_same_name_and_default():
         (["--dataset=nothing.txt"], "hub has not delivered"),
         (["--dataset=embeded"], "did you mean 'embedded'"),
         (["--profile=nothing.safetensors"], "There is no profile"),
+        (["--quantizer=hq"], "did you mean 'hqq'"),
+        (["--serve=experts"], "did you mean 'expert'"),
     ],
 )
 def test_bad_input_ends_with_two_and_one_sentence(tmp_path, capsys, arguments, message):
@@ -251,6 +253,17 @@ def test_bad_input_ends_with_two_and_one_sentence(tmp_path, capsys, arguments, m
     assert message in error
     assert "Traceback" not in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize("argument", ["--no-such-flag", "--seed=x", "--avg-bits"])
+def test_a_command_line_of_no_sense_is_refused_in_one_line(capsys, argument):
+    with pytest.raises(SystemExit) as ended:
+        main([argument])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert argument.partition("=")[0] in error
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):

@@ -10,7 +10,6 @@ from stable_baselines3.common.callbacks import BaseCallback
 from dmpq.agents.base import Recorder
 from dmpq.agents.importance_regression import posterior_importance
 from dmpq.agents.networks import ImportancePolicy
-from dmpq.evaluation import FAILURE_NATS
 from dmpq.problem import Problem
 
 
@@ -61,7 +60,7 @@ class ExpertIteration(BaseCallback):
         update = self.num_timesteps // self._samples
         if update and self._imitation:
             batch = th.as_tensor(self._observation)[None]
-            policy.imitate(batch, th.as_tensor(self._belief())[None], steps=self._imitation)
+            policy.imitate(batch, th.as_tensor(self._target_action())[None], steps=self._imitation)
         policy.set_std(self._std * self._std_decay**update)
         # One evaluation stays for the sample that follows.
         if self._recorder.remaining > 1:
@@ -73,12 +72,9 @@ class ExpertIteration(BaseCallback):
     def _on_step(self) -> bool:
         return self._recorder.remaining > 0
 
-    def _belief(self) -> NDArray[np.float32]:
+    def _target_action(self) -> NDArray[np.float32]:
         """Return the action that the evaluations speak for, (D,)."""
-        # A map without a finite loss would drown what all others say.
-        history = [found for found in self._recorder.history if found.kl < FAILURE_NATS]
-        if not history:
-            return np.zeros(self._problem.num_decisions, np.float32)
+        history = self._recorder.history
         importance = posterior_importance(
             self._problem,
             np.array([candidate.assignment for candidate in history]),

@@ -3,9 +3,10 @@
 A map's KL is modelled as ``c + sum_d w_d S[d, x_d]`` plus noise: the additive surrogate, with an
 importance ``w_d`` for each decision's row of sensitivities. Before any evaluation ``w = 1``, the
 knapsack's own belief. Evaluations move it: decisions one by one, layers as a whole, and all
-together. The prior's widths are the ones under which the evaluations are likeliest (Rasmussen and
-Williams, Gaussian Processes for Machine Learning, 2006, sections 2.7 and 5.4.1), so that nothing
-is left to tune, and what the evaluations do not show stays at 1.
+together. The prior on ``c`` is flat; the standard deviations of the others, but for that of what
+all share, are those of a grid under which the evaluations are likeliest (Rasmussen and Williams,
+Gaussian Processes for Machine Learning, 2006, sections 2.7 and 5.4.1). What the evaluations do not
+show stays at 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.linalg import LinAlgError
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
+from dmpq.evaluation import FAILURE_NATS
 from dmpq.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -29,7 +31,7 @@ _OWN_STDS: Final = (0.03, 0.1, 0.2, 0.4, 0.8)
 """Candidates for the prior standard deviation of a decision's own part."""
 
 _LAYER_STDS: Final = (0.0, 0.1, 0.3, 1.0, 10.0, 100.0)
-"""Candidates for that of what a layer's decisions share."""
+"""Candidates for that of what a layer's decisions share; large ones leave layers free."""
 
 _NOISE_SHARES: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Candidates for the noise, relative to the spread of what additive sensitivities miss."""
@@ -44,8 +46,12 @@ def posterior_importance(problem: Problem, maps: NDArray[np.integer], kl: Floats
     Args:
         problem: Whose sensitivities are scaled.
         maps: (n, D), evaluated maps.
-        kl: (n,), their KL, nats per token.
+        kl: (n,), their KL, nats per token; maps without a finite loss say nothing.
     """
+    usable = np.isfinite(kl) & (kl < FAILURE_NATS)
+    maps, kl = np.asarray(maps)[usable], np.asarray(kl)[usable]
+    if len(kl) < 2:
+        return np.ones(problem.num_decisions)
     rows = np.arange(problem.num_decisions)
     additive = problem.sensitivity[rows, maps]
     missed = kl - additive.sum(1)
@@ -76,10 +82,11 @@ def posterior_importance(problem: Problem, maps: NDArray[np.integer], kl: Floats
         log_determinant = 2 * float(np.log(np.diag(factor[0])).sum()) + np.log(precision)
         return -float(missed @ weights) - log_determinant, weights
 
-    stds = max(product(_OWN_STDS, _LAYER_STDS, _NOISE_SHARES), key=lambda chosen: fit(*chosen)[0])
-    weights = fit(*stds)[1]
+    grid = product(_OWN_STDS, _LAYER_STDS, _NOISE_SHARES)
+    own_std, layer_std, noise = max(grid, key=lambda chosen: fit(*chosen)[0])
+    weights = fit(own_std, layer_std, noise)[1]
     overall_part = _OVERALL_STD**2 * float(additive.sum(1) @ weights)
-    layer_part = stds[1] ** 2 * (by_layer.T @ weights)
-    own_part = stds[0] ** 2 * (additive.T @ weights)
+    layer_part = layer_std**2 * (by_layer.T @ weights)
+    own_part = own_std**2 * (additive.T @ weights)
     result: Floats = 1 + overall_part + in_layer @ layer_part + own_part
     return result

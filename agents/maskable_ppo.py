@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.agents.base import OnCandidate, Recorder, SearchResult
+from dmpq.agents.seeding import generators_left_alone
 from dmpq.envs.sequential import ExpertBitsEnv
 from dmpq.errors import InputError
 from dmpq.evaluation import SurrogateEvaluator
@@ -75,7 +76,6 @@ class MaskablePPOAgent:
 
     def _explore(self, problem: Problem, *, samples: int, seed: int) -> list[tuple[int, ...]]:
         """Return the distinct maps met, the best by the surrogate first."""
-        import torch as th
         from sb3_contrib import MaskablePPO
         from stable_baselines3.common.callbacks import BaseCallback
 
@@ -93,8 +93,7 @@ class MaskablePPOAgent:
         cheap = replace(problem, evaluator=SurrogateEvaluator(problem.profile), selector=None)
         env = ExpertBitsEnv(problem=cheap)
         steps = self.episodes_per_update * env.horizon
-        # What the search draws leaves the caller's generator alone.
-        with th.random.fork_rng(devices=[]):
+        with generators_left_alone():
             model = MaskablePPO(
                 "MlpPolicy",
                 env,

@@ -173,7 +173,7 @@ class ImportancePolicy(ActorCriticPolicy):
         )
 
     def imitate(self, observation: th.Tensor, action: th.Tensor, *, steps: int) -> None:
-        """Move the mean towards an action that did well (self-imitation, arXiv 1806.05635).
+        """Move the mean towards a target action, by least squares.
 
         Args:
             observation: (1, size).

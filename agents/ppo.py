@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dmpq.agents.base import OnCandidate, Recorder, SearchResult
 from dmpq.agents.policy import Policy, PolicyConfig
+from dmpq.agents.seeding import generators_left_alone
 from dmpq.envs.importance import ExpertBitsImportanceEnv
 from dmpq.errors import InputError
 from dmpq.problem import Problem, Scores
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 _SAMPLES_PER_EVALUATION: Final = 4
 """Maps met before are free, so a search may take more samples than evaluations: up to this."""
 
+_WHOLE: Final = {"samples": 2, "epochs": 1, "hidden": 1, "embedding": 0, "imitation": 0}
+"""Options that are whole numbers, and the least that each may be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PPOAgent:
@@ -33,10 +37,12 @@ class PPOAgent:
 
     One network, shared by all decisions, maps feature rows to mean log-importances; its output
     starts at zero. Samples come in mirrored pairs around the mean. The first evaluation is the
-    knapsack's own map, so the result is never worse than that on the search's text.
+    knapsack's own map, which is a finalist too: the result is never worse than that on the text
+    that decides, the selector's where there is one.
 
     Attributes:
-        learning_rate: Adam's step; 0 leaves the best of random perturbations of the knapsack.
+        learning_rate: Adam's step, of PPO and of the imitation; 0 leaves the best of random
+            perturbations of the knapsack.
         std: Standard deviation of the samples at the start, in log-importance.
         std_decay: Factor on ``std`` after every update.
         samples: Samples per update; even.
@@ -64,14 +70,19 @@ class PPOAgent:
     imitation: int = 100
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or self.samples % 2:
-            raise InputError(f"samples is {self.samples}; choose an even number, 2 or more.")
-        for name in ("std", "std_decay", "log_scale", "epochs", "hidden", "clip_range"):
+        for name, least in _WHOLE.items():
+            value: object = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise InputError(f"{name} is {value}; it must be a whole number, {least} or more.")
+        if self.samples % 2:
+            raise InputError(f"samples is {self.samples}; choose an even number: pairs.")
+        for name in ("std", "std_decay", "log_scale", "clip_range"):
             if not 0 < getattr(self, name) < np.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
-        for name in ("learning_rate", "embedding"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if self.std_decay > 1:
+            raise InputError(f"std_decay is {self.std_decay}; samples may only narrow: 1 or less.")
+        if not 0 <= self.learning_rate < np.inf:
+            raise InputError(f"learning_rate is {self.learning_rate}; it must be 0 or more.")
 
     def search(
         self,
@@ -82,6 +93,8 @@ class PPOAgent:
         on_candidate: OnCandidate | None = None,
     ) -> SearchResult:
         """Return the best map among ``evaluations`` distinct ones, and the policy learned.
+
+        With a selector, the best on its text among the finalists.
 
         Args:
             problem: What to search.
@@ -95,7 +108,6 @@ class PPOAgent:
         return recorder.result(policy=self._policy(problem, learned, seed=seed))
 
     def _learn(self, problem: Problem, recorder: Recorder, *, seed: int) -> ImportancePolicy:
-        import torch as th
         from stable_baselines3 import PPO
 
         from dmpq.agents.expert_iteration import ExpertIteration
@@ -112,8 +124,7 @@ class PPOAgent:
         env = Recorded(problem=problem, log_scale=self.log_scale)
         observation, _ = env.reset()
         assert isinstance(observation, np.ndarray)
-        # What the search draws leaves torch's generator alone; SB3 seeds NumPy's and Python's.
-        with th.random.fork_rng(devices=[]):
+        with generators_left_alone():
             model = PPO(
                 ImportancePolicy,
                 env,

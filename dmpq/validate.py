@@ -146,6 +146,9 @@ def _compare(
         wrong += not same
         console.print(f"  {'ok   ' if same else 'WRONG'} {name:<20} {claim:.6g} {unit}", end="")
         console.print("" if same else f", found {value:.6g}")
+    skipped = ", ".join(sorted(claimed.keys() - found.keys()))
+    if skipped:
+        console.print(f"  not replayed: {skipped}, which depend on the routing that was profiled")
     return int(wrong > 0)
 
 

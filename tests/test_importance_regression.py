@@ -43,6 +43,21 @@ def test_one_evaluation_says_nothing(problem):
     np.testing.assert_array_equal(posterior_importance(problem, maps, kl), 1.0)
 
 
+def test_maps_without_a_finite_loss_say_nothing(problem):
+    maps = drawn_maps(problem, 30)
+    truth = np.where(problem.spec.layer_of_expert == 1, 2.0, 1.0)
+    kl = additive_kl(problem, maps, truth)
+    spoiled = kl.copy()
+    spoiled[[3, 7, 9]] = [np.nan, np.inf, 100.0]
+    others = np.delete(np.arange(30), [3, 7, 9])
+    np.testing.assert_array_equal(
+        posterior_importance(problem, maps, spoiled),
+        posterior_importance(problem, maps[others], kl[others]),
+    )
+    nothing = np.full(30, np.nan)
+    np.testing.assert_array_equal(posterior_importance(problem, maps, nothing), 1.0)
+
+
 def test_a_layer_misjudged_as_a_whole_is_found_in_few_evaluations(problem):
     truth = np.where(problem.spec.layer_of_expert == 2, 3.0, 1.0)
     maps = drawn_maps(problem, 24)

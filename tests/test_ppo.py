@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 
@@ -88,11 +89,14 @@ def fingerprint():
     return str((maps, weights))
 
 
-def test_leaves_the_callers_generator_alone():
+@pytest.mark.parametrize("name", AGENTS)
+def test_leaves_the_callers_generators_alone(name):
     torch.manual_seed(0)
-    expected = torch.get_rng_state()
-    PPOAgent().search(make_problem(), evaluations=3, seed=9)
-    assert (torch.get_rng_state() == expected).all()
+    expected = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    AGENTS[name].search(make_problem(), evaluations=3, seed=9)
+    assert (torch.get_rng_state() == expected[0]).all()
+    assert random.getstate() == expected[1]
+    assert (np.random.get_state()[1] == expected[2]).all()  # noqa: NPY002
 
 
 def test_ppo_starts_at_the_knapsack_and_improves_on_it():
@@ -135,6 +139,10 @@ def test_a_problem_with_few_maps_ends():
         lambda: PPOAgent(std=0.0),
         lambda: PPOAgent(learning_rate=float("nan")),
         lambda: PPOAgent(embedding=-1),
+        lambda: PPOAgent(imitation=-1),
+        lambda: PPOAgent(imitation=1.5),
+        lambda: PPOAgent(samples=8.0),
+        lambda: PPOAgent(std_decay=2.0),
         lambda: MaskablePPOAgent(episodes=0),
         lambda: MaskablePPOAgent(learning_rate=0.0),
     ],

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _SAMPLES_PER_EVALUATION: Final = 4
 """Maps met before are free, so a search may take more samples than evaluations: up to this."""
 
-_WHOLE: Final = {"samples": 2, "epochs": 1, "hidden": 1, "embedding": 0, "imitation": 0}
+_WHOLE: Final = {"samples": 2, "epochs": 0, "hidden": 1, "embedding": 0, "imitation": 0}
 """Options that are whole numbers, and the least that each may be."""
 
 
@@ -46,7 +46,7 @@ class PPOAgent:
         std: Standard deviation of the samples at the start, in log-importance.
         std_decay: Factor on ``std`` after every update.
         samples: Samples per update; even.
-        epochs: Passes over the samples per update.
+        epochs: Passes over the samples per update; 0 leaves the policy to the imitation.
         clip_range: How far PPO lets the likelihood ratio of a sample move in one update.
         hidden: Width of the two hidden layers.
         embedding: Size of the embedding that each decision learns; 0 leaves features alone, which
@@ -124,14 +124,21 @@ class PPOAgent:
         env = Recorded(problem=problem, log_scale=self.log_scale)
         observation, _ = env.reset()
         assert isinstance(observation, np.ndarray)
+
+        class Imitator(PPO):
+            """Samples like PPO, and learns nothing from its own gradient."""
+
+            def train(self) -> None:
+                pass
+
         with generators_left_alone():
-            model = PPO(
+            model = (PPO if self.epochs else Imitator)(
                 ImportancePolicy,
                 env,
                 learning_rate=self.learning_rate,
                 n_steps=self.samples,
                 batch_size=self.samples,
-                n_epochs=self.epochs,
+                n_epochs=max(self.epochs, 1),
                 clip_range=self.clip_range,
                 gamma=0.0,
                 seed=seed,

@@ -4,7 +4,8 @@
 
 For each seed a calibration draw of its own, and the defaults of ``python -m dmpq.search`` but for
 ``--weights acc=1``. PPO profiles, searches, and chooses among its finalists on fresh text. The
-same agent with learning rate 0 spends the same. MCKP spends all those tokens on a profile of more
+same agent with learning rate 0 spends the same, and so does the one without PPO's own gradient,
+which only imitates. MCKP spends all those tokens on a profile of more
 text. All are judged on held-out text, on which nothing is chosen. ``--out`` keeps every row as
 JSON, and ``--read`` prints the table of such files.
 """
@@ -17,6 +18,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
@@ -33,6 +35,11 @@ from dmpq.profiling import measure_profile
 from dmpq.session import Session
 
 BUDGETS = (2.5, 3.0, 3.5)
+SEARCHED: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "imitation": {"epochs": 0},  # the same without PPO's own gradient
+    "perturbations": {"learning_rate": 0.0},
+}
 
 
 def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | str]]:
@@ -43,18 +50,23 @@ def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | 
     heldout = session.evaluator("heldout")
     profile = session.profile()
     spent = 0.0
-    searched = [("ppo", PPOAgent()), ("perturbations", PPOAgent(learning_rate=0.0))]
+    searched = [name for name in arguments.methods.split(",") if name in SEARCHED]
     for budget in BUDGETS:
-        for name, agent in searched:
+        for name in searched:
             problem = _problem(session, profile, budget)
+            agent = PPOAgent(**SEARCHED[name])
             result = agent.search(problem, evaluations=config.evaluations, seed=seed)
             tokens = profile.cost_tokens + result.tokens
             spent = max(spent, tokens)
             kl = heldout.evaluate(problem.expand(result.assignment[None])).kl[0]
             rows.append(_row(seed, budget, name, kl, tokens, float(result.scores.kl[0])))
+        if "mckp" not in arguments.methods.split(","):
+            continue
         problem = _problem(session, profile, budget)
         small = heldout.evaluate(problem.expand(problem.mckp()[None])).kl[0]
         rows.append(_row(seed, budget, "mckp, the agent's profile", small, profile.cost_tokens))
+    if "mckp" not in arguments.methods.split(","):
+        return rows
     per_token = profile.cost_tokens / profile.tokens
     larger = Session(replace(config, profile_tokens=round(spent / per_token)))
     rich = measure_profile(larger.evaluator("profile"), text=larger.splits.source)
@@ -91,6 +103,9 @@ def _row(
 def show(rows: list[dict[str, float | str]]) -> None:
     """Print held-out KL by budget and method, and its ratio to MCKP's at equal tokens."""
     table = pd.DataFrame(rows)
+    if not {"mckp", "ppo", "perturbations"} <= set(table.method):
+        print(table.to_string())  # a part, to be read together with others
+        return
     reference = table[table.method == "mckp"].set_index(["seed", "budget"]).heldout_kl
     index = pd.MultiIndex.from_frame(table[["seed", "budget"]])
     table["over_mckp"] = table.heldout_kl / reference.loc[index].to_numpy()
@@ -111,6 +126,7 @@ def main() -> None:
     """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", default="0,1,2,3,4", help="calibration draws, comma-separated")
+    parser.add_argument("--methods", default=f"{','.join(SEARCHED)},mckp", help="what to compare")
     parser.add_argument("--read", type=Path, nargs="+", help="rows of earlier runs to show")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--heldout-tokens", type=int, default=131072)

@@ -119,6 +119,15 @@ def test_learning_beats_random_perturbations():
     assert learned > 1.2 * drawn > 0
 
 
+def test_without_epochs_the_imitation_learns_alone():
+    problem = misjudged_problem(layers=2, experts=16)
+    result = PPOAgent(epochs=0).search(problem, evaluations=60, seed=0)
+    assert result.scores.reward[0] > result.history[0].reward
+    assert np.any(result.policy.log_importance(problem) != 0)
+    still = PPOAgent(epochs=0, imitation=0).search(problem, evaluations=20, seed=0)
+    assert (still.policy.log_importance(problem) == 0).all()
+
+
 def test_one_evaluation_is_enough():
     result = PPOAgent().search(make_problem(), evaluations=1, seed=0)
     assert result.evaluations == 1

@@ -180,6 +180,16 @@ class Recorder:
             self._record(maps[i].copy(), scores, i)
         return scores
 
+    def hold(self, assignment: NDArray[np.integer]) -> None:
+        """Expect the next maps to be near this one (D,); see :meth:`Evaluator.hold`.
+
+        What it costs is counted; it is no evaluation.
+        """
+        evaluator = self._problem.evaluator
+        before = evaluator.tokens_spent
+        evaluator.hold(self._problem.expand(np.asarray(assignment)[None])[0])
+        self._tokens += evaluator.tokens_spent - before
+
     def nominate(self, assignment: NDArray[np.integer]) -> None:
         """Let an evaluated map (D,) be a finalist whatever its score; the last ones count.
 

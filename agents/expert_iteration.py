@@ -9,6 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from dmpq.agents.base import Recorder
 from dmpq.agents.importance_regression import posterior_importance
+from dmpq.agents.neighbours import neighbours
 from dmpq.agents.networks import ImportancePolicy
 from dmpq.problem import Problem
 
@@ -19,7 +20,9 @@ class ExpertIteration(BaseCallback):
     Expert iteration (Anthony et al., arXiv 1705.08439): the planner is the exact knapsack on the
     importances that all evaluations so far speak for, the apprentice is the policy, and its
     samples are the evaluations from which the planner learns. PPO's own gradient, of a few
-    samples, is mostly noise near the knapsack's optimum; the regression reads all of them.
+    samples, is mostly noise near the knapsack's optimum; the regression reads all of them. It
+    begins with probes, single steps from the knapsack's map: they tell what each decision in doubt
+    is worth with all others as they are, and resume from that map's forward.
 
     Args:
         problem: What is searched.
@@ -30,6 +33,7 @@ class ExpertIteration(BaseCallback):
         std: Standard deviation of the first samples, in log-importance.
         std_decay: Factor on ``std`` after every update.
         imitation: Optimizer steps of imitation per update; 0 leaves the policy to PPO.
+        probes: Neighbours of the knapsack's map that are measured before the first sample.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class ExpertIteration(BaseCallback):
         std: float,
         std_decay: float,
         imitation: int,
+        probes: int,
     ) -> None:
         super().__init__()
         self._problem = problem
@@ -53,12 +58,15 @@ class ExpertIteration(BaseCallback):
         self._std = std
         self._std_decay = std_decay
         self._imitation = imitation
+        self._probes = probes
 
     def _on_rollout_start(self) -> None:
         policy = self.model.policy
         assert isinstance(policy, ImportancePolicy)
         update = self.num_timesteps // self._samples
-        if update and self._imitation:
+        if not update:
+            self._probe()
+        if len(self._recorder.history) > 1 and self._imitation:
             batch = th.as_tensor(self._observation)[None]
             policy.imitate(batch, th.as_tensor(self._target_action())[None], steps=self._imitation)
         policy.set_std(self._std * self._std_decay**update)
@@ -71,6 +79,14 @@ class ExpertIteration(BaseCallback):
 
     def _on_step(self) -> bool:
         return self._recorder.remaining > 0
+
+    def _probe(self) -> None:
+        """Measure the knapsack's neighbours, those in doubt first."""
+        centre = self._problem.mckp()
+        maps = neighbours(self._problem, centre, count=self._probes)
+        if len(maps):
+            self._recorder.hold(centre)
+            self._recorder.evaluate(maps)
 
     def _target_action(self) -> NDArray[np.float32]:
         """Return the action that the evaluations speak for, (D,)."""

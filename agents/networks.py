@@ -138,6 +138,7 @@ class ImportancePolicy(ActorCriticPolicy):
         shape: Sizes of the network.
         log_scale: Log-importance that an action of 1 stands for.
         std: Standard deviation of the exploration, in log-importance.
+        imitation_rate: Learning rate of :meth:`imitate`.
         kwargs: Everything that :class:`ActorCriticPolicy` takes.
     """
 
@@ -152,11 +153,13 @@ class ImportancePolicy(ActorCriticPolicy):
         shape: NetworkShape,
         log_scale: float,
         std: float,
+        imitation_rate: float = 3e-3,
         **kwargs: Any,
     ) -> None:
         self._shape = shape
         self._log_scale = log_scale
         self._std = std
+        self._imitation_rate = imitation_rate
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -171,6 +174,11 @@ class ImportancePolicy(ActorCriticPolicy):
             lr=lr_schedule(1),  # type: ignore[call-arg]
             **self.optimizer_kwargs,
         )
+        self.imitation_optimizer = self.optimizer_class(
+            self.mlp_extractor.network.parameters(),
+            lr=self._imitation_rate,  # type: ignore[call-arg]
+            **self.optimizer_kwargs,
+        )
 
     def imitate(self, observation: th.Tensor, action: th.Tensor, *, steps: int) -> None:
         """Move the mean towards a target action, by least squares.
@@ -178,13 +186,13 @@ class ImportancePolicy(ActorCriticPolicy):
         Args:
             observation: (1, size).
             action: (1, D).
-            steps: Steps of the policy's own optimizer, at its learning rate.
+            steps: Steps of an optimizer of its own, so that PPO's keeps its moments.
         """
         for _ in range(steps):
             loss = (self.mlp_extractor.forward_actor(observation) - action).square().sum()
-            self.optimizer.zero_grad()
+            self.imitation_optimizer.zero_grad()
             th.autograd.backward(loss)
-            self.optimizer.step()
+            self.imitation_optimizer.step()
 
     def set_std(self, std: float) -> None:
         """Set the exploration's standard deviation, in log-importance."""

@@ -41,13 +41,14 @@ class PPOAgent:
     that decides, the selector's where there is one.
 
     Attributes:
-        learning_rate: Adam's step, of PPO and of the imitation; 0 leaves the best of random
-            perturbations of the knapsack.
+        learning_rate: Adam's step in PPO's updates. With 0 here, no ``imitation`` and no
+            ``probe_share``, the search is the best of random perturbations of the knapsack.
         std: Standard deviation of the samples at the start, in log-importance.
         std_decay: Factor on ``std`` after every update.
         samples: Samples per update; even.
         epochs: Passes over the samples per update; 0 leaves the policy to the imitation.
         clip_range: How far PPO lets the likelihood ratio of a sample move in one update.
+        target_kl: Divergence from the policy that sampled at which an update ends early.
         hidden: Width of the two hidden layers.
         embedding: Size of the embedding that each decision learns; 0 leaves features alone, which
             is what a policy for other models should be trained with.
@@ -58,16 +59,19 @@ class PPOAgent:
 
     name: ClassVar[str] = "ppo"
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 3e-4
     std: float = 0.3
     std_decay: float = 0.985
     samples: int = 8
     epochs: int = 10
     clip_range: float = 0.2
+    target_kl: float = 0.02
     hidden: int = 64
     embedding: int = 8
     log_scale: float = 3.0
     imitation: int = 100
+    imitation_rate: float = 3e-3
+    probe_share: float = 0.6
 
     def __post_init__(self) -> None:
         for name, least in _WHOLE.items():
@@ -76,13 +80,19 @@ class PPOAgent:
                 raise InputError(f"{name} is {value}; it must be a whole number, {least} or more.")
         if self.samples % 2:
             raise InputError(f"samples is {self.samples}; choose an even number: pairs.")
-        for name in ("std", "std_decay", "log_scale", "clip_range"):
+        for name in ("std", "std_decay", "log_scale", "clip_range", "target_kl"):
             if not 0 < getattr(self, name) < np.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
         if self.std_decay > 1:
             raise InputError(f"std_decay is {self.std_decay}; samples may only narrow: 1 or less.")
-        if not 0 <= self.learning_rate < np.inf:
-            raise InputError(f"learning_rate is {self.learning_rate}; it must be 0 or more.")
+        if not 0 <= self.probe_share < 1:
+            raise InputError(
+                f"probe_share is {self.probe_share}; some evaluations must be left for samples: "
+                "0 or more and below 1."
+            )
+        for name in ("learning_rate", "imitation_rate"):
+            if not 0 <= getattr(self, name) < np.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
 
     def search(
         self,
@@ -140,6 +150,7 @@ class PPOAgent:
                 batch_size=self.samples,
                 n_epochs=max(self.epochs, 1),
                 clip_range=self.clip_range,
+                target_kl=self.target_kl,
                 gamma=0.0,
                 seed=seed,
                 device="cpu",
@@ -153,6 +164,7 @@ class PPOAgent:
                     ),
                     "log_scale": self.log_scale,
                     "std": self.std,
+                    "imitation_rate": self.imitation_rate,
                 },
             )
             policy = cast(ImportancePolicy, model.policy)
@@ -165,6 +177,7 @@ class PPOAgent:
                 std=self.std,
                 std_decay=self.std_decay,
                 imitation=self.imitation,
+                probes=int(self.probe_share * recorder.remaining),
             )
             if recorder.remaining:
                 model.learn(_SAMPLES_PER_EVALUATION * recorder.remaining, callback=between)

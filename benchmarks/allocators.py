@@ -4,10 +4,10 @@
 
 For each seed a calibration draw of its own, and the defaults of ``python -m dmpq.search`` but for
 ``--weights acc=1``. PPO profiles, searches, and chooses among its finalists on fresh text. The
-same agent with learning rate 0 spends the same, and so does the one without PPO's own gradient,
-which only imitates. MCKP spends all those tokens on a profile of more
-text. All are judged on held-out text, on which nothing is chosen. ``--out`` keeps every row as
-JSON, and ``--read`` prints the table of such files.
+same agent that learns nothing tries as many random perturbations of MCKP, and chooses likewise;
+one more learns without PPO's own gradient. MCKP spends the tokens that PPO has spent on a profile
+of more text. All are judged on held-out text, on which nothing is chosen. ``--out`` keeps every
+row as JSON, and ``--read`` prints the table of such files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BUDGETS = (2.5, 3.0, 3.5)
 SEARCHED: dict[str, dict[str, Any]] = {
     "ppo": {},
     "imitation": {"epochs": 0},  # the same without PPO's own gradient
-    "perturbations": {"learning_rate": 0.0},
+    "perturbations": {"learning_rate": 0.0, "imitation": 0, "probe_share": 0.0},
 }
 
 
@@ -57,7 +57,8 @@ def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | 
             agent = PPOAgent(**SEARCHED[name])
             result = agent.search(problem, evaluations=config.evaluations, seed=seed)
             tokens = profile.cost_tokens + result.tokens
-            spent = max(spent, tokens)
+            if name == "ppo":
+                spent = max(spent, tokens)
             kl = heldout.evaluate(problem.expand(result.assignment[None])).kl[0]
             rows.append(_row(seed, budget, name, kl, tokens, float(result.scores.kl[0])))
         if "mckp" not in arguments.methods.split(","):

@@ -56,7 +56,7 @@ class SearchConfig:
     )
     profile: str | None = _option(None, "search on a saved profile, made by an earlier run")
     profile_tokens: int = _option(8192, "calibration tokens for the profile")
-    search_tokens: int = _option(32768, "calibration tokens per evaluation")
+    search_tokens: int = _option(65536, "calibration tokens per evaluation")
     selection_tokens: int = _option(65536, "fresh calibration tokens for the final choice")
     heldout_tokens: int = _option(65536, "held-out tokens for the report")
     sequence_length: int | None = _option(

@@ -42,6 +42,9 @@ class Misjudged:
         kl = sensitivity[np.arange(len(sensitivity)), maps].sum(1)
         return Evaluations(kl, self.profile.full_nll + kl, np.zeros(len(maps)), 0.0)
 
+    def hold(self, assignment):
+        """Do nothing: answers are free."""
+
 
 def misjudged_problem(**kwargs):
     plain = make_problem(**kwargs)
@@ -110,12 +113,12 @@ def test_ppo_starts_at_the_knapsack_and_improves_on_it():
 def test_learning_beats_random_perturbations():
     """The gain over the knapsack, against that of the same search without learning."""
 
-    def gain(rate):
+    def gain(**options):
         problem = misjudged_problem(layers=2, experts=16)
-        result = PPOAgent(learning_rate=rate).search(problem, evaluations=200, seed=0)
+        result = PPOAgent(**options).search(problem, evaluations=200, seed=0)
         return result.scores.reward[0] - result.history[0].reward
 
-    learned, drawn = gain(3e-3), gain(0.0)
+    learned, drawn = gain(), gain(learning_rate=0.0, imitation=0, probe_share=0.0)
     assert learned > 1.2 * drawn > 0
 
 
@@ -152,6 +155,9 @@ def test_a_problem_with_few_maps_ends():
         lambda: PPOAgent(imitation=1.5),
         lambda: PPOAgent(samples=8.0),
         lambda: PPOAgent(std_decay=2.0),
+        lambda: PPOAgent(probe_share=1.0),
+        lambda: PPOAgent(imitation_rate=-1.0),
+        lambda: PPOAgent(target_kl=0.0),
         lambda: MaskablePPOAgent(episodes=0),
         lambda: MaskablePPOAgent(learning_rate=0.0),
     ],

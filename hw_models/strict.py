@@ -17,6 +17,8 @@ from dmpq.errors import InputError, unknown
 
 MAX_FILE_BYTES: Final = 1 << 20
 _LARGEST: Final = 1e300
+# ValueError: no UTF-8, no JSON, or an integer of more digits than Python reads.
+_UNREADABLE: Final = (OSError, ValueError, RecursionError)
 
 Bounds = Mapping[str, tuple[float, float]]
 T = TypeVar("T")
@@ -40,14 +42,24 @@ def read_file(path: Path, kind: type[T], *, schema: str, what: str, bounds: Boun
         if not isinstance(data, dict) or data.pop("schema", None) != schema:
             raise InputError(f'it does not say "schema": "{schema}"')
         described: T = _read(kind, data, f"the {what}", bounds)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"The {what} file {path} cannot be read: {reason}.") from error
     except InputError as error:
         raise InputError(
             f"The {what} file {path} is refused: {str(error).rstrip('.')}."
         ) from error
+    except _UNREADABLE as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"The {what} file {path} cannot be read: {reason}.") from error
     return described
+
+
+def schema_of(path: Path) -> str | None:
+    """Return what a file's ``"schema"`` says; ``None`` where it cannot be read or says nothing."""
+    try:
+        data = _load(path)
+    except _UNREADABLE:
+        return None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    return schema if isinstance(schema, str) else None
 
 
 def refuse_unsourced(

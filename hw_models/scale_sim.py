@@ -2,10 +2,10 @@
 
 A product is larger than the array and is folded onto it. SCALE-Sim 3 (MIT; Raj et al., "SCALE-Sim
 v3", ISPASS 2025) runs the folds one after the other and gives each cycle's demands on the three
-on-chip memories. Whole layers take it seconds to hours, but its folds do not touch each other and
-all folds of one size are alike, so that one of each size is simulated and counted. Along the
+on-chip memories. A whole product of OLMoE-1B-7B takes it minutes, but folds do not touch each other
+and all of one size are alike, so that one of each size is simulated and counted. Along the
 dimension that streams through the array, a step more adds the same once the array is full: long
-streams are continued in a line. Both are exact, and a test holds whole layers against it.
+streams are continued in a line. Both are exact, and a test holds whole products against it.
 
 Only the compute half is used. The memory half of 3.0.0 fails under numpy 2.4 (issue 160 of
 scalesim-project/SCALE-Sim), and its stalls cannot be used: with a small filter memory it fetched

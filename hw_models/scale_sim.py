@@ -2,7 +2,7 @@
 
 A product is larger than the array and is folded onto it. SCALE-Sim 3 (MIT; Raj et al., "SCALE-Sim
 v3", ISPASS 2025) runs the folds one after the other and gives each cycle's demands on the three
-on-chip memories. A whole product of OLMoE-1B-7B takes it minutes, but folds do not touch each other
+on-chip memories. A whole product of OLMoE-1B-7B takes minutes, but folds do not touch each other
 and all of one size are alike, so that one of each size is simulated and counted. Along the
 dimension that streams through the array, a step more adds the same once the array is full: long
 streams are continued in a line. Both are exact, and a test holds whole products against it.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass

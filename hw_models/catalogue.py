@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from dmpq.errors import InputError, unknown
+from dmpq.hw_models import accelerator
 from dmpq.hw_models.analytical import AnalyticalModel
 from dmpq.hw_models.base import HardwareModel
 from dmpq.hw_models.device import Device, read_device
+from dmpq.hw_models.strict import schema_of
+from dmpq.hw_models.systolic import SystolicModel
 
 ALIASES: Final = {
     "a100-80gb": "a100",
@@ -34,11 +37,13 @@ def load_hardware(name: str) -> HardwareModel:
     """Return the model of a device.
 
     Args:
-        name: A shipped device (``"a100"``), one with a kernel stack (``"a100/gemlite"``), or the
-            path of a device file, which ends in ``.json``.
+        name: A shipped device (``"a100"``), one with a kernel stack (``"a100/gemlite"``), a
+            shipped accelerator, or the path of a device or accelerator file, which ends in
+            ``.json``.
 
     Raises:
-        InputError: If the name is unknown or the file is no device file.
+        InputError: If the name is unknown, the file is no device or accelerator file, or an
+            accelerator's simulator is not installed.
     """
     if name.endswith(".json"):
         path = Path(name)
@@ -47,13 +52,18 @@ def load_hardware(name: str) -> HardwareModel:
                 f"There is no device file {name}; choose a device by name "
                 f"({', '.join(list_hardware())}), or give the path of a file."
             )
+        if schema_of(path) == accelerator.SCHEMA:
+            return SystolicModel.of(accelerator.read_accelerator(path))
         device = read_device(path)
         return AnalyticalModel(device, device.stack())
+    if name in accelerator.list_accelerators():
+        return SystolicModel.of(accelerator.shipped_accelerator(name))
     device_name, slash, stack = name.partition("/")
     known = ALIASES.get(device_name, device_name)
     if known not in list_hardware():
         remedy = "Or give a DEVICE/STACK pair, or the path of a device file ending in .json."
-        raise unknown("hardware", name, [*list_hardware(), *ALIASES], remedy)
+        names = [*list_hardware(), *ALIASES, *accelerator.list_accelerators()]
+        raise unknown("hardware", name, names, remedy)
     device = _shipped(known)
     return AnalyticalModel(device, device.stack(stack if slash else None))
 

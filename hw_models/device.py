@@ -6,20 +6,16 @@ dense: vendors' sheets often print twice that, for structured sparsity.
 
 from __future__ import annotations
 
-import json
-import math
-import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Final, Literal, get_args
 
 from dmpq.errors import InputError, unknown
 from dmpq.formats import FULL_WIDTH
+from dmpq.hw_models.strict import read_file, refuse_unsourced
 
 SCHEMA: Final = "dmpq.device/1"
-MAX_FILE_BYTES: Final = 1 << 20
-_LARGEST: Final = 1e300
 
 Math = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 
@@ -181,11 +177,7 @@ class Device:
             for kernel in stack.kernels:
                 self.peak_flops_per_s(kernel.math)
         figures = [*_figures(self), *(f"stacks.{stack.name}" for stack in self.stacks)]
-        for figure in figures:
-            if figure not in self.sources and figure not in self.assumed:
-                raise InputError(
-                    f"{figure} has neither a source nor a place under assumed; add one"
-                )
+        refuse_unsourced(figures, self.sources, self.assumed)
 
     def peak_flops_per_s(self, math: Math) -> float:
         """Return the dense peak of a number format.
@@ -228,85 +220,9 @@ def read_device(path: Path) -> Device:
     Raises:
         InputError: If it cannot be read or is not a device file, with what is wrong in it.
     """
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"it is larger than {MAX_FILE_BYTES} bytes")
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-            raise InputError(f'it does not say "schema": "{SCHEMA}"')
-        device: Device = _read(Device, data, "the device")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"The device file {path} cannot be read: {reason}.") from error
-    except InputError as error:
-        raise InputError(
-            f"The device file {path} is refused: {str(error).rstrip('.')}."
-        ) from error
-    return device
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"{twice!r} is written twice in one object")
-    return dict(pairs)
+    return read_file(path, Device, schema=SCHEMA, what="device", bounds=_BOUNDS)
 
 
 def _figures(device: Device) -> list[str]:
     names = [f.name for f in fields(device) if f.name in _BOUNDS]
     return [name for name in names if getattr(device, name) is not None]
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Return ``value`` as ``kind``: a dataclass, a tuple or mapping of kinds, or a scalar."""
-    if isinstance(kind, types.UnionType):
-        inner = next(k for k in get_args(kind) if k is not types.NoneType)
-        return None if value is None else _read(inner, value, where)
-    origin = get_origin(kind)
-    if origin is tuple:
-        _expect(isinstance(value, list), where, value, "a list")
-        return tuple(_read(get_args(kind)[0], v, f"{where} {i}") for i, v in enumerate(value))
-    if origin is Mapping:
-        _expect(isinstance(value, dict), where, value, "an object")
-        return {key: _read(str, v, f"{where} of {key}") for key, v in value.items()}
-    if origin is Literal:
-        if value not in get_args(kind):
-            raise unknown(where, str(value), get_args(kind))
-        return value
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        _expect(number and -_LARGEST < value < _LARGEST, where, value, "a finite number")
-        return float(value)
-    if kind in (int, bool, str):
-        _expect(type(value) is kind, where, value, f"of type {kind.__name__}")
-        return value
-    _expect(isinstance(value, dict), where, value, "an object")
-    return kind(**_read_members(kind, value, where))
-
-
-def _read_members(kind: Any, value: dict[str, Any], where: str) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    for name in value:
-        if name not in hints:
-            raise unknown(f"name in {where}", name, hints)
-    members = {}
-    for member in fields(kind):
-        if member.name not in value:
-            if member.default is MISSING:
-                raise InputError(f"{where} has no {member.name}; add it")
-            continue
-        got = _read(hints[member.name], value[member.name], f"{where}'s {member.name}")
-        low, high = _BOUNDS.get(member.name, (-math.inf, math.inf))
-        if isinstance(got, int | float) and not low <= got <= high:
-            raise InputError(
-                f"{where}'s {member.name} is {got:g}, outside {low:g} to {high:g}; give it in the "
-                "unit of its name"
-            )
-        members[member.name] = got
-    return members
-
-
-def _expect(holds: bool, where: str, value: Any, wanted: str) -> None:
-    if not holds:
-        raise InputError(f"{where} is {str(value)[:60]!r}; it must be {wanted}")

@@ -1,0 +1,305 @@
+"""Simulated accelerators: a hardware model whose times are a systolic array's cycles.
+
+A product takes ``max(cycles / clock, bytes / bandwidth)``: its operands are fetched while the one
+before is computed. Cycles come from a simulator (:mod:`dmpq.hw_models.scale_sim`), bytes from
+:mod:`dmpq.hw_models.traffic`. An expert's products count as often as a step wakes it, with as many
+tokens as it is then expected to get, rounded up to a whole token. Nothing is shared between
+experts, so that the cost of a map is the sum of its experts'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.formats import Menu
+from dmpq.hw_models.accelerator import BITS_PER_BYTE, Accelerator
+from dmpq.hw_models.analytical import _checked
+from dmpq.hw_models.base import Cost, Floats, Workload
+from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
+from dmpq.hw_models.scale_sim import Layer, ScaleSim, scale_sim_version
+from dmpq.hw_models.traffic import Product, offchip_bytes
+from dmpq.spec import ModelSpec
+
+Simulator = Callable[[int, int, int], Layer]
+"""(tokens, inputs, outputs) of a product → its cycles and accesses."""
+
+_JOULES_PER_PJ: Final = 1e-12
+_DECISIONS_AT_ONCE: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class SystolicModel:
+    """A :class:`~dmpq.hw_models.base.HardwareModel` that simulates an accelerator.
+
+    Attributes:
+        facts: The accelerator.
+        simulate: Counts the cycles of a product; called once per shape.
+    """
+
+    facts: Accelerator
+    simulate: Simulator
+    deterministic: bool = True
+
+    @classmethod
+    def of(cls, facts: Accelerator) -> SystolicModel:
+        """Return the accelerator under SCALE-Sim.
+
+        Raises:
+            InputError: If SCALE-Sim is not installed, with how to install it.
+        """
+        scale_sim_version()
+        return cls(facts, ScaleSim(facts.array_rows, facts.array_columns, facts.dataflow))
+
+    @property
+    def name(self) -> str:
+        """Name of the accelerator."""
+        return self.facts.name
+
+    @property
+    def device(self) -> str:
+        """The accelerator in words."""
+        return self.facts.description
+
+    @property
+    def stack(self) -> str:
+        """Name of what stands in for kernels: the simulator."""
+        return "scale-sim"
+
+    @property
+    def calibrated(self) -> bool:
+        """Nothing simulated was fitted on a device."""
+        return False
+
+    @property
+    def source(self) -> str:
+        """How the figures were made, and which of the accelerator's are assumed."""
+        assumed = ", ".join(self.facts.assumed)
+        return "simulated with SCALE-Sim" + (f"; assumed: {assumed}" if assumed else "")
+
+    @property
+    def capacity_bytes(self) -> float:
+        """Off-chip memory."""
+        return self.facts.capacity_bytes
+
+    def cost(
+        self,
+        spec: ModelSpec,
+        menu: Menu,
+        assignments: NDArray[np.integer],
+        workload: Workload,
+        *,
+        inclusion: NDArray[np.floating] | None = None,
+    ) -> Cost:
+        """Return the cost of bit maps; see :meth:`dmpq.hw_models.HardwareModel.cost`.
+
+        Raises:
+            InputError: If the assignments do not fit the model or the menu, or SCALE-Sim is needed
+                and not installed.
+        """
+        maps = _checked(assignments, spec, menu)
+        tables = self._tables(spec, menu, workload, inclusion)
+        return Cost(
+            latency_s=_summed(tables.seconds, maps) + tables.resident_s,
+            memory_bytes=_summed(tables.stored_bytes, maps) + tables.resident_bytes,
+            energy_j=_summed(tables.joules, maps) + tables.resident_j,
+        )
+
+    def expert_latency(
+        self,
+        spec: ModelSpec,
+        menu: Menu,
+        workload: Workload,
+        *,
+        inclusion: NDArray[np.floating] | None = None,
+    ) -> Floats:
+        """Return seconds per expert, projection and format, (N, 2, B): here exactly additive."""
+        return self._tables(spec, menu, workload, inclusion).seconds.copy()
+
+    def unsupported(self, menu: Menu) -> tuple[str, ...]:
+        """Return one note for each format that is not stored, or not multiplied, as it is."""
+        notes = []
+        for fmt in menu.formats:
+            bits, passes = self.facts.stored_as(fmt).bits, self.facts.passes(fmt.bits)
+            if bits != fmt.bits:
+                notes.append(
+                    f"{fmt.key}: {self.name} stores no {fmt.bits}-bit weights; stored and timed "
+                    f"as {bits} bits"
+                )
+            elif passes > 1:
+                widest = self.facts.weight_bits[-1]
+                notes.append(
+                    f"{fmt.key}: {self.name} multiplies weights of {widest} bits; timed as "
+                    f"{passes} planes of {widest} bits, one after the other"
+                )
+        return tuple(notes)
+
+    def _tables(
+        self,
+        spec: ModelSpec,
+        menu: Menu,
+        workload: Workload,
+        inclusion: NDArray[np.floating] | None,
+    ) -> _Tables:
+        key = None if inclusion is None else np.asarray(inclusion, np.float64).tobytes()
+        return _build_tables(self.facts, self.simulate, spec, menu, workload, key)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """Expected cost of each expert, (N, 2, B), and of everything that no map changes."""
+
+    seconds: Floats
+    joules: Floats
+    stored_bytes: Floats
+    resident_s: float
+    resident_j: float
+    resident_bytes: float
+
+
+@lru_cache(maxsize=32)
+def _build_tables(
+    facts: Accelerator,
+    simulate: Simulator,
+    spec: ModelSpec,
+    menu: Menu,
+    workload: Workload,
+    inclusion: bytes | None,
+) -> _Tables:
+    """Return the tables; ``inclusion`` is the float64 array's bytes, so that it can be a key."""
+    given = None if inclusion is None else np.frombuffer(inclusion, dtype=np.float64)
+    selected = inclusion_probabilities(spec, given)
+    active = active_probability(selected, workload.tokens)
+    rows = padded_rows(selected, workload.tokens, 1)
+    tokens = np.rint(np.divide(rows, active, out=np.zeros_like(rows), where=active > 0))
+    shape = spec.num_experts, 2, len(menu)
+    seconds, joules, stored = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    price = lru_cache(maxsize=None)(_Price(facts, simulate))
+    formats = [facts.stored_as(f) for f in menu.formats]
+    for ordinal, layer in enumerate(spec.moe_layers):
+        experts = np.flatnonzero(spec.layer_of_expert == ordinal)
+        for p, (outputs, inputs) in enumerate((layer.gate_up_shape, layer.down_shape)):
+            for b, fmt in enumerate(formats):
+                one = Menu((fmt,), menu.quantizer, menu.symmetric)
+                size = int(one.stored_bits((outputs, inputs))[0]) / BITS_PER_BYTE
+                stored[experts, p, b] = size
+                for count in np.unique(tokens[experts]):
+                    if count:
+                        these = experts[tokens[experts] == count]
+                        product = Product(int(count), inputs, outputs)
+                        time, energy = price(product, size, fmt.bits)
+                        seconds[these, p, b] = time * active[these]
+                        joules[these, p, b] = energy * active[these]
+    resident = [
+        (count, price(product, product.weights * bits / BITS_PER_BYTE, bits))
+        for count, product, bits in _resident_products(facts, spec, workload)
+    ]
+    return _Tables(
+        seconds=seconds,
+        joules=joules,
+        stored_bytes=stored,
+        resident_s=sum(count * time for count, (time, _) in resident),
+        resident_j=sum(count * energy for count, (_, energy) in resident),
+        resident_bytes=_resident_bytes(facts, spec, workload),
+    )
+
+
+@dataclass(frozen=True)
+class _Price:
+    """What one product costs: seconds and joules."""
+
+    facts: Accelerator
+    simulate: Simulator
+
+    def __call__(self, product: Product, weight_bytes: float, bits: int) -> tuple[float, float]:
+        facts, passes = self.facts, self.facts.passes(bits)
+        layer = self.simulate(*product)
+        moved = offchip_bytes(facts, product, weight_bytes)
+        seconds = max(layer.cycles * passes / facts.clock_hz, moved / facts.bandwidth_bytes_per_s)
+        onchip = (
+            passes * layer.ifmap_reads * facts.activation_bits / BITS_PER_BYTE
+            + layer.filter_reads * weight_bytes / product.weights
+            + passes * layer.ofmap_writes * facts.accumulator_bits / BITS_PER_BYTE
+            + moved
+        )
+        dynamic = (
+            passes * product.macs * facts.mac_pj
+            + onchip * facts.sram_pj_per_byte
+            + moved * facts.dram_pj_per_byte
+        )
+        return seconds, dynamic * _JOULES_PER_PJ + facts.static_w * seconds
+
+
+def _resident_products(
+    facts: Accelerator, spec: ModelSpec, workload: Workload
+) -> Iterator[tuple[int, Product, int]]:
+    """Yield the products outside the routed experts: how many, which, bits of the second factor.
+
+    Attention is its projections and, per sequence and key-value head, scores and values over the
+    cache; a causal prompt sees half of itself. Latent attention is one projection, and one head
+    over the latent vector.
+    """
+    tokens, hidden, layers = workload.tokens, spec.hidden_size, spec.num_layers
+    weights = facts.resident_bits
+    if spec.cache_values:
+        heads, width = 1, spec.cache_values
+        projected = -(-spec.attention_parameters_per_layer // hidden)
+        yield layers, Product(tokens, hidden, projected), weights
+    else:
+        heads, width = spec.num_key_value_heads, spec.head_dim
+        queries = spec.num_attention_heads * width
+        yield layers, Product(tokens, hidden, queries + 2 * heads * width), weights
+        yield layers, Product(tokens, queries, hidden), weights
+    decode = workload.phase == "decode"
+    seen = workload.context if decode else -(-workload.context // 2)
+    rows = spec.num_attention_heads // heads * (1 if decode else workload.context)
+    for product in (Product(rows, width, seen), Product(rows, seen, width)):
+        yield layers * workload.batch * heads, product, facts.activation_bits
+    dense = spec.num_layers - len(spec.moe_layers)
+    blocks = [(dense, 3, spec.dense_intermediate_size)]
+    for layer in spec.moe_layers:
+        yield 1, Product(tokens, hidden, layer.num_experts), weights
+        blocks.append((1, 3 if layer.gated else 2, layer.shared_intermediate_size))
+    for count, matrices, width in blocks:
+        if count and width:
+            yield count, Product(tokens, hidden, (matrices - 1) * width), weights
+            yield count, Product(tokens, width, hidden), weights
+    yield 1, Product(workload.batch, hidden, spec.vocab_size), weights
+
+
+def _resident_bytes(facts: Accelerator, spec: ModelSpec, workload: Workload) -> float:
+    """Return the memory outside the routed experts: weights, KV cache, activations.
+
+    What :class:`~dmpq.hw_models.AnalyticalModel` counts, at the accelerator's own widths.
+    """
+    cache = workload.batch * workload.context * spec.cache_values_per_token * spec.num_layers
+    activations = max(
+        workload.tokens * layer.top_k * (2 * layer.hidden_size + 3 * layer.intermediate_size)
+        for layer in spec.moe_layers
+    )
+    bits = spec.other_parameters * facts.resident_bits
+    bits += (cache + activations) * facts.activation_bits
+    return bits / BITS_PER_BYTE
+
+
+def _summed(table: Floats, maps: NDArray[np.integer]) -> Floats:
+    """Return the sum over each map's experts of a table (N, 2, B), shape (K,).
+
+    Added in the order of the experts whatever stands beside: a map costs the same to the bit
+    alone or among others.
+    """
+    experts, _, formats = table.shape
+    flat = table.sum(axis=1) if maps.shape[1] == experts else table.reshape(-1, formats)
+    start = np.arange(len(flat)) * formats
+    step = max(1, _DECISIONS_AT_ONCE // len(flat))
+    parts = [
+        np.ascontiguousarray(flat.ravel()[start + maps[i : i + step]]).sum(axis=1)
+        for i in range(0, max(len(maps), 1), step)
+    ]
+    total: Floats = np.concatenate(parts)
+    return total

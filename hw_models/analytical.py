@@ -172,7 +172,7 @@ class AnalyticalModel:
         Raises:
             InputError: If the assignments do not fit the model or the menu.
         """
-        maps = _checked(assignments, spec, menu)
+        maps = self._as_stored(_checked(assignments, spec, menu), menu)
         tables = self._tables(spec, menu, workload, inclusion)
         step = max(1, _DECISIONS_AT_ONCE // spec.num_experts)
         parts = [_experts(tables, maps[i : i + step]) for i in range(0, max(len(maps), 1), step)]
@@ -227,6 +227,12 @@ class AnalyticalModel:
         formats = stored_formats(self.kernels, menu)
         menus = [Menu((fmt,), menu.quantizer, menu.symmetric) for fmt in formats]
         return np.concatenate([spec.stored_bits(one) for one in menus], axis=2)
+
+    def _as_stored(self, maps: NDArray[np.integer], menu: Menu) -> NDArray[np.integer]:
+        """Return maps with one index for formats that are stored alike: they share a launch."""
+        formats = stored_formats(self.kernels, menu)
+        first = np.array([formats.index(fmt) for fmt in formats])
+        return maps if (first == np.arange(len(first))).all() else first[maps]
 
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
         """Return one note for each format whose width the device does not have as it is."""

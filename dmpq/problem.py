@@ -286,8 +286,8 @@ class Problem:
 
     @cached_property
     def _cost_sizes(self) -> Ints:
-        """Stored bits of each decision in each format at the cost geometry, (D, B)."""
-        return self._pooled(self.cost_spec.stored_bits(self.menu)).astype(np.int64)
+        """Bits on the device of each decision in each format, at the cost geometry, (D, B)."""
+        return self._pooled(self.hardware.stored_bits(self.cost_spec, self.menu)).astype(np.int64)
 
     @cached_property
     def linear_ratios(self) -> Floats:

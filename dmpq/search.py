@@ -256,7 +256,7 @@ def _introduce(run: _Run) -> None:
     facts.add_column(style="dim")
     for name, value in lines.items():
         facts.add_row(name, value)
-    for note in (*hardware.unsupported(session.menu), *session.notes()):
+    for note in (*hardware.unsupported(session.menu), *hardware.notes(), *session.notes()):
         facts.add_row("note", note)
     if session.config.dataset == "embedded":
         changed, modules = differs_from_card()
@@ -441,6 +441,8 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
             "stack": problem.hardware.stack,
             "calibrated": problem.hardware.calibrated,
             "source": problem.hardware.source,
+            "device": problem.hardware.device,
+            "notes": list(problem.hardware.notes()),
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),

@@ -135,6 +135,17 @@ class HardwareModel(Protocol):
         """
         ...
 
+    def stored_bits(self, spec: ModelSpec, menu: Menu) -> NDArray[np.int64]:
+        """Return the bits that each expert's projections take in the device's memory: (N, 2, B).
+
+        ``spec.stored_bits(menu)``, or more where the device cannot store a width as it is.
+        """
+        ...
+
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
-        """Return one note for each format that has no kernel of its own."""
+        """Return one note for each format that the device cannot store or has no kernel for."""
+        ...
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user of the costs should know, assumed figures too, one clause each."""
         ...

@@ -1,45 +1,62 @@
 """Device files: the facts of a device and of its kernel stacks, read strictly.
 
-A figure nobody has published is listed under ``assumed``; every other has a source. Peaks are
-dense: vendors' sheets often print twice that, for structured sparsity.
+Every figure has a source, or is listed under ``assumed``: nobody has published it. Peaks are
+dense: vendors' sheets often print twice that, for structured sparsity, and a file that seems to
+hold such a figure is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Final, Literal, get_args
 
 from dmpq.errors import InputError, unknown
-from dmpq.formats import FULL_WIDTH
+from dmpq.formats import FULL_WIDTH, QUANTIZED_WIDTHS
 from dmpq.hw_models.strict import read_file, refuse_unsourced
 
 SCHEMA: Final = "dmpq.device/1"
+WIDTHS: Final = (*QUANTIZED_WIDTHS, FULL_WIDTH)
 
 Math = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 
-# A figure outside these bounds is in another unit (GB/s, TFLOPS, GB) than its name says.
-_BOUNDS: Final = {
-    "capacity_bytes": (1e6, 1e14),
-    "bandwidth_bytes_per_s": (1e8, 1e15),
-    "tdp_w": (0.1, 1e5),
-    "idle_w": (0.0, 1e5),
-    "base_w": (0.0, 1e5),
-    "memory_w": (0.0, 1e5),
-    "compute_w": (0.0, 1e5),
-    "dequantized_weights_per_s": (1e6, 1e16),
-    "tile_rows": (1, 4096),
-    "memory_efficiency": (1e-4, 1.0),
-    "compute_efficiency": (1e-4, 1.0),
-    "dense_memory_efficiency": (1e-4, 1.0),
-    "dense_compute_efficiency": (1e-4, 1.0),
-    "launch_s": (0.0, 1.0),
-    "layer_s": (0.0, 1.0),
-    "step_s": (0.0, 1.0),
-    "sequence_s": (0.0, 1.0),
-    **{f"peak_{name}_flops_per_s": (1e8, 1e18) for name in get_args(Math)},
+_LADDER: Final[tuple[Math, ...]] = ("fp32", "bf16", "int8", "int4")
+
+# A figure outside these bounds is in another unit (GB, TFLOPS, us, percent, kW) than its name
+# says. They are as tight as devices from a single-board computer to a wafer-scale engine allow.
+BOUNDS: Final = {
+    "capacity_bytes": (1e8, 1e13),
+    "bandwidth_bytes_per_s": (1e8, 3e16),
+    "tdp_w": (1.0, 2e4),
+    "idle_w": (0.0, 2e4),
+    "base_w": (0.0, 2e4),
+    "memory_w": (0.0, 2e4),
+    "compute_w": (0.0, 2e4),
+    "bits": (1, FULL_WIDTH),
+    "passes": (1, 8),
+    "resident_bits": (8, FULL_WIDTH),
+    "dequantized_weights_per_s": (1e8, 1e15),
+    "tile_rows": (1, 512),
+    "memory_efficiency": (1e-3, 1.0),
+    "compute_efficiency": (1e-3, 1.0),
+    "dense_memory_efficiency": (1e-3, 1.0),
+    "dense_compute_efficiency": (1e-3, 1.0),
+    "launch_s": (0.0, 5e-3),
+    "layer_s": (0.0, 1e-2),
+    "step_s": (0.0, 0.1),
+    "sequence_s": (0.0, 1e-2),
+    **{f"peak_{name}_flops_per_s": (1e10, 1e17) for name in get_args(Math)},
 }
+_OPERATIONS_PER_JOULE: Final = (1e9, 3e13)
+"""From a single-board computer's CPU, with room, to several times an accelerator of 2024."""
+
+_LARGEST_STEP: Final = 4.2
+"""A step of the ladder above this is no dense hardware's: GeForce cards, which halve 16 bits with
+32-bit accumulation, have 4 between 16 and 8 bits, all others less."""
+
+_SPARSE: Final = ("sparse", "sparsity")
+_MADE_DENSE: Final = ("dense", "halve", "half of", "without spars")
 
 
 @dataclass(frozen=True)
@@ -52,8 +69,14 @@ class Kernel:
         memory_efficiency: Share of the nominal bandwidth that it reaches.
         compute_efficiency: Share of the dense peak that it reaches.
         launch_s: Time of a launch that does nothing, one MoE layer's two products together.
-        dequantized_weights_per_s: Ceiling on unpacking; ``None`` where none is known.
         source: Where these figures come from.
+        dequantized_weights_per_s: Ceiling on unpacking; ``None`` where none is known. It makes a
+            narrow width slower than a wide one where its codes are dear to unpack (llama.cpp's
+            2 and 3 bits on CPUs).
+        passes: How often a product is computed, each time on a part of the weights' bits. More
+            than 1 where the device has no arithmetic as wide as its weights: 16 bits as two
+            halves of 8.
+        assumed: Those of the figures above that nobody has published.
     """
 
     bits: int
@@ -63,6 +86,13 @@ class Kernel:
     launch_s: float
     source: str
     dequantized_weights_per_s: float | None = None
+    passes: int = 1
+    assumed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bits % self.passes:
+            raise InputError(f"the {self.bits}-bit kernel cannot have {self.passes} passes")
+        _known(self.assumed, figures(self), f"assumed figure of the {self.bits}-bit kernel")
 
 
 @dataclass(frozen=True)
@@ -71,7 +101,7 @@ class Stack:
 
     Attributes:
         name: Name, as in ``a100/gemlite``.
-        kernels: One per width that has a kernel; 16 is always among them.
+        kernels: One per width that has a kernel, by rising width; 16 is always among them.
         tile_rows: Tokens to which an expert's share of the batch is padded.
         dense_memory_efficiency: Share of the bandwidth that attention and head reach.
         dense_compute_efficiency: Share of the peak that attention and head reach.
@@ -79,6 +109,12 @@ class Stack:
         step_s: Overhead per step.
         sequence_s: Overhead per sequence and step.
         source: Where the figures outside the kernels come from.
+        stored_widths: Widths that can be stored, rising; a width between them takes the room of
+            the next wider. All are stored as they are where the file does not say.
+        resident_bits: Width of all that is no routed expert (attention, routers, shared experts,
+            head, KV cache, activations): 16 for the checkpoint's own precision, 8 on a device
+            that has no wider arithmetic.
+        assumed: Those of the figures above that nobody has published.
     """
 
     name: str
@@ -90,6 +126,9 @@ class Stack:
     step_s: float
     sequence_s: float
     source: str
+    stored_widths: tuple[int, ...] = WIDTHS
+    resident_bits: int = FULL_WIDTH
+    assumed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         widths = [kernel.bits for kernel in self.kernels]
@@ -97,10 +136,31 @@ class Stack:
             raise InputError(f"stack {self.name!r} has no kernel for 16 bits; add one")
         if len(set(widths)) != len(widths):
             raise InputError(f"stack {self.name!r} names a width twice; name each once")
+        for what, rising in (("kernels", widths), ("stored_widths", [*self.stored_widths])):
+            if rising != sorted(set(rising)) or not set(rising) <= set(WIDTHS):
+                allowed = ", ".join(str(width) for width in WIDTHS)
+                raise InputError(
+                    f"the {what} of stack {self.name!r} are of {rising} bits; they must rise, "
+                    f"among {allowed}"
+                )
+        if FULL_WIDTH not in self.stored_widths:
+            raise InputError(f"stack {self.name!r} cannot store 16 bits; add it to stored_widths")
+        for kernel in self.kernels:
+            if self.stored_width(kernel.bits) != kernel.bits:
+                raise InputError(
+                    f"stack {self.name!r} has a kernel for {kernel.bits} bits, which it stores "
+                    f"as {self.stored_width(kernel.bits)}; leave it out, or store that width"
+                )
+        _known(self.assumed, figures(self), f"assumed figure of stack {self.name!r}")
+
+    def stored_width(self, bits: int) -> int:
+        """Return the width that weights of a width are stored at."""
+        return min(width for width in self.stored_widths if width >= bits)
 
     def kernel(self, bits: int) -> Kernel:
-        """Return the kernel that runs a width: its own, else the next wider one."""
-        return min((k for k in self.kernels if k.bits >= bits), key=lambda k: k.bits)
+        """Return the kernel that runs a width: that of its storage, else the next wider one."""
+        stored = self.stored_width(bits)
+        return min((k for k in self.kernels if k.bits >= stored), key=lambda k: k.bits)
 
 
 @dataclass(frozen=True)
@@ -131,9 +191,11 @@ class Device:
         idle_w: Power with a context open and no work.
         calibrated: Whether the figures were fitted on this very device.
         stacks: Kernel stacks.
-        sources: Figure → where it comes from.
-        assumed: Figures that nobody has published.
+        sources: Figure → where it comes from; for an assumed one, how it was chosen.
+        assumed: Figures that nobody has published; ``stacks.NAME`` for all of a stack's.
         power: Fitted power; ``None`` for a constant share of ``tdp_w``.
+        note: What a user of the name should know: which of several parts it stands for.
+        peaks: What kind the peaks are; only dense ones are accepted.
         peak_fp32_flops_per_s: Dense peak, ``None`` where the device has no such path; the same
             for the other number formats.
     """
@@ -149,6 +211,8 @@ class Device:
     sources: Mapping[str, str] = field(hash=False)
     assumed: tuple[str, ...]
     power: Power | None = None
+    note: str | None = None
+    peaks: Literal["dense", "sparse"] = "dense"
     peak_fp32_flops_per_s: float | None = None
     peak_fp16_flops_per_s: float | None = None
     peak_bf16_flops_per_s: float | None = None
@@ -162,22 +226,62 @@ class Device:
         names = [stack.name for stack in self.stacks]
         if len(set(names)) != len(names):
             raise InputError("it names a kernel stack twice; name each once")
+        for text in (self.name, *names):
+            if not text or not text.isprintable() or "/" in text:
+                raise InputError(f"{text!r} is no name; give printable text without a slash")
+        self._check_power()
+        self._check_peaks()
+        figures = (*self.figures(), *(f"stacks.{name}" for name in names))
+        refuse_unsourced(figures, self.sources, self.assumed)
+        _known(self.assumed, figures, "assumed figure")
+        _known(self.sources, figures, "figure under sources")
+
+    def figures(self) -> dict[str, float | Power]:
+        """Return the device's own figures by name, those of its stacks left out."""
+        found: dict[str, float | Power] = dict(figures(self))
+        return found if self.power is None else found | {"power": self.power}
+
+    def _check_power(self) -> None:
         if self.idle_w >= self.tdp_w:
             raise InputError(f"idle_w {self.idle_w:g} is not below tdp_w {self.tdp_w:g}")
-        ladder = [
-            peak
-            for name in ("fp32", "bf16", "int8", "int4")
-            if (peak := self._peaks()[name]) is not None
-        ]
-        if ladder != sorted(ladder):
-            raise InputError(
-                "a narrower number format has a lower peak; write dense peaks of one kind"
-            )
+        if self.power is not None and self.power.base_w > self.tdp_w:
+            raise InputError(f"base_w {self.power.base_w:g} is above tdp_w {self.tdp_w:g}")
+
+    def _check_peaks(self) -> None:
         for stack in self.stacks:
             for kernel in stack.kernels:
                 self.peak_flops_per_s(kernel.math)
-        figures = [*_figures(self), *(f"stacks.{stack.name}" for stack in self.stacks)]
-        refuse_unsourced(figures, self.sources, self.assumed)
+        if self.peaks != "dense":
+            raise InputError("its peaks are sparse ones; write the dense peaks, which are half")
+        ladder = [(n, peak) for n in _LADDER if (peak := self._peaks()[n]) is not None]
+        values = [peak for _, peak in ladder]
+        if values != sorted(values):
+            raise InputError(
+                "a narrower number format has a lower peak; write dense peaks of one kind"
+            )
+        wide = max((self._peaks()[n] or 0.0 for n in ("fp16", "bf16")), default=0.0)
+        steps = [(wide, "fp8"), (wide, "int8"), (self.peak_int8_flops_per_s or 0.0, "int4")]
+        for below, name in steps:
+            peak = self._peaks()[name] or 0.0  # type: ignore[index]
+            if below and peak > _LARGEST_STEP * below:
+                raise InputError(
+                    f"peak_{name}_flops_per_s {peak:g} is {peak / below:.3g} times the peak of "
+                    "the next wider format; write dense peaks, sparse ones are twice that"
+                )
+        for name in get_args(Math):
+            source = self.sources.get(f"peak_{name}_flops_per_s", "").casefold()
+            if any(w in source for w in _SPARSE) and not any(w in source for w in _MADE_DENSE):
+                raise InputError(
+                    f"the source of peak_{name}_flops_per_s speaks of a sparse figure; write the "
+                    "dense peak, half of it, and say so there"
+                )
+        per_joule = max(peak or 0.0 for peak in self._peaks().values()) / self.tdp_w
+        low, high = _OPERATIONS_PER_JOULE
+        if not low <= per_joule <= high:
+            raise InputError(
+                f"tdp_w {self.tdp_w:g} and the highest peak make {per_joule:.1e} operations per "
+                f"joule, outside {low:g} to {high:g}; give watts, and operations per second"
+            )
 
     def peak_flops_per_s(self, math: Math) -> float:
         """Return the dense peak of a number format.
@@ -220,9 +324,17 @@ def read_device(path: Path) -> Device:
     Raises:
         InputError: If it cannot be read or is not a device file, with what is wrong in it.
     """
-    return read_file(path, Device, schema=SCHEMA, what="device", bounds=_BOUNDS)
+    return read_file(path, Device, schema=SCHEMA, what="device", bounds=BOUNDS)
 
 
-def _figures(device: Device) -> list[str]:
-    names = [f.name for f in fields(device) if f.name in _BOUNDS]
-    return [name for name in names if getattr(device, name) is not None]
+def figures(part: Device | Stack | Kernel) -> dict[str, float]:
+    """Return the numbers of a device, stack or kernel by name: those that need a source."""
+    named = {f.name: getattr(part, f.name) for f in fields(part) if f.name in BOUNDS}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _known(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
+    allowed = tuple(allowed)
+    for name in names:
+        if name not in allowed:
+            raise unknown(what, name, allowed)

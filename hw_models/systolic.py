@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dmpq.formats import Menu
 from dmpq.hw_models.accelerator import BITS_PER_BYTE, Accelerator
-from dmpq.hw_models.analytical import _checked
+from dmpq.hw_models.analytical import check_assignments
 from dmpq.hw_models.base import Cost, Floats, Workload
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
 from dmpq.hw_models.scale_sim import Layer, ScaleSim, scale_sim_version
@@ -79,8 +79,7 @@ class SystolicModel:
     @property
     def source(self) -> str:
         """How the figures were made, and which of the accelerator's are assumed."""
-        assumed = ", ".join(self.facts.assumed)
-        return "simulated with SCALE-Sim" + (f"; assumed: {assumed}" if assumed else "")
+        return "; ".join(("simulated with SCALE-Sim", *self.notes()))
 
     @property
     def capacity_bytes(self) -> float:
@@ -102,7 +101,7 @@ class SystolicModel:
             InputError: If the assignments do not fit the model or the menu, or SCALE-Sim is needed
                 and not installed.
         """
-        maps = _checked(assignments, spec, menu)
+        maps = check_assignments(assignments, spec, menu)
         tables = self._tables(spec, menu, workload, inclusion)
         return Cost(
             latency_s=_summed(tables.seconds, maps) + tables.resident_s,
@@ -120,6 +119,17 @@ class SystolicModel:
     ) -> Floats:
         """Return seconds per expert, projection and format, (N, 2, B): here exactly additive."""
         return self._tables(spec, menu, workload, inclusion).seconds.copy()
+
+    def stored_bits(self, spec: ModelSpec, menu: Menu) -> NDArray[np.int64]:
+        """Return the bits of each expert's projections in memory, (N, 2, B)."""
+        one = [
+            Menu((self.facts.stored_as(f),), menu.quantizer, menu.symmetric) for f in menu.formats
+        ]
+        return np.concatenate([spec.stored_bits(menu) for menu in one], axis=2)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return which of the accelerator's figures are assumed."""
+        return (f"assumed: {', '.join(self.facts.assumed)}",) if self.facts.assumed else ()
 
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
         """Return one note for each format that is not stored, or not multiplied, as it is."""

@@ -67,7 +67,8 @@ FLOORS = [
     {"problem"},
     {"envs", "session", "config"},
     {"agents"},
-    {"testing", "report", "console", "guard", "run_folder", "search", "validate"},
+    {"testing", "report", "console", "guard", "run_folder", "search", "validate"}
+    | {"hardware", "hardware_tables"},
 ]
 
 

@@ -54,16 +54,6 @@ class TestEdge(HardwareModelContract):
     def make_model(self):
         return SystolicModel(EDGE, counted)
 
-    def test_memory_differs_by_exactly_the_stored_bits(self):
-        """Those that the accelerator stores: 8 for every lower width."""
-        spec, model = self.make_spec(), self.make_model()
-        maps = self._maps(spec.num_experts)
-        stored = spec.stored_bits(MENU).sum(axis=1)
-        stored[:, : MENU.index("8")] = stored[:, [MENU.index("8")]]
-        expected = stored[np.arange(spec.num_experts), maps].sum(axis=1) / 8
-        memory = model.cost(spec, MENU, maps, Workload()).memory_bytes
-        np.testing.assert_allclose(memory - memory[0], expected - expected[0], atol=1)
-
 
 class TestSimulated(HardwareModelContract):
     def make_model(self):

@@ -90,10 +90,12 @@ class HardwareModelContract:
                 np.testing.assert_allclose(split.latency_s, whole.latency_s)
 
     def test_memory_differs_by_exactly_the_stored_bits(self) -> None:
-        """Scales and zero-points included."""
+        """Those on the device, scales and zero-points included; never below the format's own."""
         model, spec, menu = self.make_model(), self.make_spec(), self.make_menu()
         maps = self._maps(spec.num_experts)
-        stored = spec.stored_bits(menu).sum(axis=1)
+        on_device = model.stored_bits(spec, menu)
+        assert (on_device >= spec.stored_bits(menu)).all()
+        stored = on_device.sum(axis=1)
         expected = stored[np.arange(spec.num_experts), maps].sum(axis=1) / 8
         memory = model.cost(spec, menu, maps, Workload()).memory_bytes
         np.testing.assert_allclose(memory - memory[0], expected - expected[0], atol=1)
@@ -112,6 +114,10 @@ class HardwareModelContract:
         menu = self.make_menu()
         for note in self.make_model().unsupported(menu):
             assert note.partition(":")[0] in menu.keys
+
+    def test_notes_are_one_line_each(self) -> None:
+        """Commands print them."""
+        assert all(note.isprintable() and note for note in self.make_model().notes())
 
 
 def _assert_equal(alone: Cost, together: Cost, k: int) -> None:

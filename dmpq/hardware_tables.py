@@ -10,9 +10,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.formats import Menu
+from dmpq.hw_models.accelerator import Accelerator, find_accelerator, list_accelerators
 from dmpq.hw_models.analytical import AnalyticalModel
 from dmpq.hw_models.catalogue import ALIASES, find_device, list_hardware, shipped
 from dmpq.hw_models.device import WIDTHS, Device, Kernel, Power, Stack, figures
+from dmpq.hw_models.scale_sim import Layer
+from dmpq.hw_models.systolic import SystolicModel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 
 _UNITS: Final = {
     "_flops_per_s": ("T/s", 1e12),
+    "sram_bytes": ("MiB", 2**20),
+    "_hz": ("MHz", 1e6),
+    "_pj": ("pJ", 1.0),
+    "_pj_per_byte": ("pJ/byte", 1.0),
     "_bytes_per_s": ("GB/s", 1e9),
     "_weights_per_s": ("G/s", 1e9),
     "_bytes": ("GB", 1e9),
@@ -74,8 +81,8 @@ def run_list(arguments: argparse.Namespace, console: Console) -> int:
     console.print(table)
     console.print(
         "Tflop/s: dense peak at 16 bits (* at 8, where there is no wider arithmetic).\n"
-        "The first stack is the default. For sources and assumed figures:\n"
-        "python -m dmpq.hardware show NAME",
+        f"The first stack is the default. Simulated: {', '.join(list_accelerators())}.\n"
+        "For sources and assumed figures: python -m dmpq.hardware show NAME",
         soft_wrap=True,
     )
     return 0
@@ -83,6 +90,9 @@ def run_list(arguments: argparse.Namespace, console: Console) -> int:
 
 def run_show(arguments: argparse.Namespace, console: Console) -> int:
     """Print one device; returns the exit code."""
+    accelerator = find_accelerator(arguments.name)
+    if accelerator is not None:
+        return _show_accelerator(accelerator, arguments, console)
     device, name = find_device(arguments.name)
     stacks = device.stacks if name is None else (device.stack(name),)
     if arguments.json:
@@ -94,19 +104,47 @@ def run_show(arguments: argparse.Namespace, console: Console) -> int:
     if device.note is not None:
         _say(console, f"note: {device.note}")
     _say(console, f"{'calibrated' if device.calibrated else 'not calibrated'}; peaks are dense")
+    figures = {name: _shown(name, value) for name, value in device.figures().items()}
+    _print_figures(device, figures, console)
+    for stack in stacks:
+        _print_stack(device, stack, console)
+    return 0
+
+
+def _show_accelerator(facts: Accelerator, arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.json:
+        return _print_json(asdict(facts))
+    console.print(f"{facts.name}: {facts.description}", style="bold")
+    _say(console, "simulated with SCALE-Sim, not calibrated")
+    figures = {
+        name: _shown(name, value) if isinstance(value, int | float) else _listed(value)
+        for name, value in facts.figures().items()
+    }
+    _print_figures(facts, figures, console)
+    for note in SystolicModel(facts, _never).unsupported(_MENU):
+        _say(console, f"note: {note}")
+    return 0
+
+
+def _never(tokens: int, inputs: int, outputs: int) -> Layer:
+    raise AssertionError("notes need no simulation")
+
+
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _print_figures(facts: Device | Accelerator, shown: dict[str, str], console: Console) -> None:
     table = _table(title="figure")
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("source (assumed: nobody has published it)", overflow="fold")
     above = None
-    for figure, value in device.figures().items():
-        why = _why(device, figure)
+    for figure, value in shown.items():
+        why = _why(facts, figure)
         name = figure.removesuffix("_per_s").removesuffix("_flops").removesuffix("_bytes")
-        table.add_row(name, _shown(figure, value), "as above" if why == above else why)
+        table.add_row(name, value, "as above" if why == above else why)
         above = why
     console.print(table)
-    for stack in stacks:
-        _print_stack(device, stack, console)
-    return 0
 
 
 def _print_stack(device: Device, stack: Stack, console: Console) -> None:
@@ -172,7 +210,7 @@ def _mark(figure: str, assumed: tuple[str, ...]) -> str:
     return "*" if figure in assumed else ""
 
 
-def _why(device: Device, figure: str) -> str:
+def _why(device: Device | Accelerator, figure: str) -> str:
     source = device.sources.get(figure, "")
     if figure not in device.assumed:
         return source

@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from dmpq.errors import InputError
 from dmpq.formats import FULL_WIDTH, QUANTIZED_WIDTHS, Format
-from dmpq.hw_models.strict import read_file, refuse_unsourced
+from dmpq.hw_models.strict import read_file, refuse_unsourced, schema_of
 
 SCHEMA: Final = "dmpq.accelerator/1"
 BITS_PER_BYTE: Final = 8
@@ -114,8 +114,11 @@ class Accelerator:
                 f"accumulator_bits {self.accumulator_bits} is below activation_bits "
                 f"{self.activation_bits}; partial sums are at least as wide as activations"
             )
-        names = [f.name for f in fields(self) if f.name not in _NOT_FIGURES]
-        refuse_unsourced(names, self.sources, self.assumed)
+        refuse_unsourced(self.figures(), self.sources, self.assumed)
+
+    def figures(self) -> dict[str, object]:
+        """Return everything that needs a source, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_FIGURES}
 
     @property
     def peak_macs_per_s(self) -> float:
@@ -149,6 +152,18 @@ def read_accelerator(path: Path) -> Accelerator:
         InputError: If it cannot be read or is no accelerator file, with what is wrong in it.
     """
     return read_file(path, Accelerator, schema=SCHEMA, what="accelerator", bounds=_BOUNDS)
+
+
+def find_accelerator(name: str) -> Accelerator | None:
+    """Return a shipped accelerator by name, or a user's by its file; ``None`` if it is neither.
+
+    Raises:
+        InputError: If it is an accelerator file, and something in it is wrong.
+    """
+    if name.endswith(".json") and schema_of(Path(name)) == SCHEMA:
+        return read_accelerator(Path(name))
+    known = name.casefold()
+    return shipped_accelerator(known) if known in list_accelerators() else None
 
 
 def list_accelerators() -> list[str]:

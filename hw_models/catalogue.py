@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Final, get_args
 
 from dmpq.errors import InputError, did_you_mean
-from dmpq.hw_models import accelerator
+from dmpq.hw_models.accelerator import find_accelerator, list_accelerators
 from dmpq.hw_models.analytical import AnalyticalModel
 from dmpq.hw_models.base import HardwareModel
 from dmpq.hw_models.device import Device, Math, read_device
-from dmpq.hw_models.strict import schema_of
 from dmpq.hw_models.systolic import SystolicModel
 
 ALIASES: Final = {
@@ -78,10 +77,9 @@ def load_hardware(name: str) -> HardwareModel:
         InputError: If the name is unknown, the file is no device or accelerator file, or an
             accelerator's simulator is not installed.
     """
-    if name.endswith(".json") and schema_of(Path(name)) == accelerator.SCHEMA:
-        return SystolicModel.of(accelerator.read_accelerator(Path(name)))
-    if name.casefold() in accelerator.list_accelerators():
-        return SystolicModel.of(accelerator.shipped_accelerator(name.casefold()))
+    simulated = find_accelerator(name)
+    if simulated is not None:
+        return SystolicModel.of(simulated)
     device, stack = find_device(name)
     return AnalyticalModel(device, device.stack(stack))
 
@@ -99,7 +97,7 @@ def find_device(name: str) -> tuple[Device, str | None]:
     known = device_name.casefold()
     known = ALIASES.get(known, known)
     if known not in list_hardware():
-        names = [*list_hardware(), *accelerator.list_accelerators()]
+        names = [*list_hardware(), *list_accelerators()]
         near = did_you_mean(device_name, [*names, *ALIASES])
         raise InputError(
             f"Unknown hardware {name[:60]!r}{near}; choose one of: {', '.join(names)}; or give a "

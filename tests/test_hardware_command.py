@@ -166,3 +166,12 @@ def test_help_says_what_there_is(capsys):
     out = capsys.readouterr().out
     assert "list" in out
     assert "show" in out
+
+
+def test_show_an_accelerator_within_80_columns(capsys):
+    code, out, _ = run(capsys, "show", "edge-tpu-like")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    assert "simulated" in out
+    assert "480 MHz" in out
+    assert "4: edge-tpu-like stores no 4-bit weights" in out

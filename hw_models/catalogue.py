@@ -11,6 +11,11 @@ from dmpq.errors import InputError, unknown
 from dmpq.hw_models.analytical import AnalyticalModel
 from dmpq.hw_models.base import HardwareModel
 from dmpq.hw_models.device import Device, read_device
+from dmpq.hw_models.measured import MeasuredModel
+from dmpq.hw_models.measurements import holds_measurements, read_measurements
+
+MEASURED: Final = ("host", "cuda")
+"""This machine: its CPU, and its CUDA device."""
 
 ALIASES: Final = {
     "a100-80gb": "a100",
@@ -34,12 +39,17 @@ def load_hardware(name: str) -> HardwareModel:
     """Return the model of a device.
 
     Args:
-        name: A shipped device (``"a100"``), one with a kernel stack (``"a100/gemlite"``), or the
-            path of a device file, which ends in ``.json``.
+        name: A shipped device (``"a100"``), one with a kernel stack (``"a100/gemlite"``), this
+            machine (``"host"`` for its CPU, ``"cuda"`` for its GPU), or the path of a file that
+            ends in ``.json`` and holds a device or recorded measurements.
 
     Raises:
-        InputError: If the name is unknown or the file is no device file.
+        InputError: If the name is unknown, the file is neither, or there is no such GPU.
     """
+    if name in MEASURED:
+        from dmpq.hw_models.live import cuda_model, host_model
+
+        return host_model() if name == "host" else cuda_model()
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
@@ -47,13 +57,15 @@ def load_hardware(name: str) -> HardwareModel:
                 f"There is no device file {name}; choose a device by name "
                 f"({', '.join(list_hardware())}), or give the path of a file."
             )
+        if holds_measurements(path):
+            return MeasuredModel(read_measurements(path))
         device = read_device(path)
         return AnalyticalModel(device, device.stack())
     device_name, slash, stack = name.partition("/")
     known = ALIASES.get(device_name, device_name)
     if known not in list_hardware():
         remedy = "Or give a DEVICE/STACK pair, or the path of a device file ending in .json."
-        raise unknown("hardware", name, [*list_hardware(), *ALIASES], remedy)
+        raise unknown("hardware", name, [*list_hardware(), *ALIASES, *MEASURED], remedy)
     device = _shipped(known)
     return AnalyticalModel(device, device.stack(stack if slash else None))
 

@@ -29,6 +29,7 @@ _BOUNDS: Final = {
     "n": (1, 1e9),
     "median_s": (1e-9, 1e4),
     "iqr_s": (0.0, 1e4),
+    "preempted": (0, 1e9),
     "bits": (1, 16),
     "group_size": (0, 1 << 24),
     "hidden_size": (1, 1 << 24),
@@ -59,12 +60,14 @@ class Point:
         n: Repetitions.
         median_s: Their median, seconds.
         iqr_s: Distance between their quartiles, seconds.
+        preempted: How many of them another process interrupted.
     """
 
     tokens: int
     n: int
     median_s: float
     iqr_s: float
+    preempted: int
 
 
 Points = tuple[Point, ...]
@@ -177,12 +180,14 @@ class CopyTiming:
         n: Repetitions.
         median_s: Their median, seconds.
         iqr_s: Distance between their quartiles, seconds.
+        preempted: How many of them another process interrupted.
     """
 
     copied_bytes: int
     n: int
     median_s: float
     iqr_s: float
+    preempted: int
 
     @property
     def bandwidth_bytes_per_s(self) -> float:

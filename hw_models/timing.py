@@ -36,8 +36,32 @@ Expert = tuple[Stored, Stored]
 ROTATION: Final = 4
 """Size of all copies in last-level caches."""
 _WARM_UP: Final = 3
+_PATIENCE: Final = 5
 _LEAST_COPIED: Final = 64 << 20
 _WEIGHT_SCALE: Final = 0.02
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of one thing.
+
+    Attributes:
+        seconds: One per repetition.
+        preempted: How many of them another process interrupted.
+    """
+
+    seconds: tuple[float, ...]
+    preempted: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a record keeps of them: count, median, distance between the quartiles."""
+        low, median, high = np.percentile(self.seconds, (25, 50, 75))
+        return {
+            "n": len(self.seconds),
+            "median_s": float(median),
+            "iqr_s": float(high - low),
+            "preempted": self.preempted,
+        }
 
 
 @dataclass(frozen=True)
@@ -80,18 +104,33 @@ class Rig:
         """Return how many copies of a thing exceed the cache."""
         return max(1, -(-ROTATION * self.cache_bytes // max(item_bytes, 1)))
 
-    def samples(self, calls: Sequence[Call]) -> list[float]:
-        """Return the times of calls taken in turn, seconds."""
+    def samples(self, calls: Sequence[Call]) -> Samples:
+        """Return the times of calls taken in turn.
+
+        A repetition during which the system gave the CPU to somebody else is left out, unless
+        five times the time does not bring enough others: then all count, and it is said how many
+        were such.
+        """
         sample = self._cuda_sampler(calls) if self.on_cuda else _cpu_sampler(calls)
-        found: list[float] = []
-        end = time.perf_counter() + self.seconds
-        while len(found) < self.repetitions or time.perf_counter() < end:
-            found.append(sample())
-        return found
+        own: list[float] = []
+        preempted: list[float] = []
+        begin = time.perf_counter()
+        while True:
+            spent, count = time.perf_counter() - begin, len(own) + len(preempted)
+            enough = len(own) >= self.repetitions and spent >= self.seconds
+            if enough or (count >= self.repetitions and spent >= _PATIENCE * self.seconds):
+                break
+            before = 0 if self.on_cuda else _preemptions()
+            seconds = sample()
+            taken = not self.on_cuda and _preemptions() > before
+            (preempted if taken else own).append(seconds)
+        if len(own) >= self.repetitions:
+            return Samples(tuple(own), 0)
+        return Samples((*own, *preempted), len(preempted))
 
     def point(self, tokens: int, calls: Sequence[Call]) -> Point:
         """Return the time of calls at a number of tokens."""
-        return Point(tokens, *_summary(self.samples(calls)))
+        return Point(tokens, **self.samples(calls).summary())
 
     def _cuda_sampler(self, calls: Sequence[Call]) -> Callable[[], float]:
         import torch
@@ -232,8 +271,8 @@ def time_copy(rig: Rig) -> CopyTiming:
     with rig.running():
         source = torch.ones(size, dtype=torch.uint8, device=rig.device)
         target = torch.zeros_like(source)
-        n, median, spread = _summary(rig.samples([_bound(target.copy_, source)]))
-    return CopyTiming(size, n, median, spread)
+        samples = rig.samples([_bound(target.copy_, source)])
+    return CopyTiming(size, **samples.summary())
 
 
 def expert_matrices(shape: tuple[int, int, bool]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -309,7 +348,10 @@ def _cpu_sampler(calls: Sequence[Call]) -> Callable[[], float]:
     return sample
 
 
-def _summary(samples: Sequence[float]) -> tuple[int, float, float]:
-    """Return count, median, and distance between the quartiles."""
-    low, median, high = np.percentile(samples, (25, 50, 75))
-    return len(samples), float(median), float(high - low)
+def _preemptions() -> int:
+    """Return how often the system has taken the CPU from this process; 0 where it does not say."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,22 +111,22 @@ def measure(arguments: argparse.Namespace) -> Measurements:
     workload = Workload(arguments.phase, arguments.batch, arguments.context)
     menu, spec = Menu.parse(arguments.bits), load_geometry(arguments.cost_geometry)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    model = _model(arguments)
     with progress_bars(plain_console(stderr=True)) as show:
-        model = _model(arguments, show)
-        record = model.measured(spec, menu, workload).record
+        record = replace(model, progress=show).measured(spec, menu, workload).record
     if out is not None:
         record.write(out)
     return record
 
 
-def _model(arguments: argparse.Namespace, show: Any) -> LiveModel:
+def _model(arguments: argparse.Namespace) -> LiveModel:
     from dmpq.hw_models.live import cuda_model, host_model
 
     if arguments.hw == "cuda":
-        return cuda_model(tdp_w=arguments.tdp_w, progress=show)
+        return cuda_model(tdp_w=arguments.tdp_w)
     if arguments.tdp_w is not None:
         raise InputError("--tdp-w is the board power of a GPU; give it with --hw cuda.")
-    return host_model(threads=arguments.threads, progress=show)
+    return host_model(threads=arguments.threads)
 
 
 def _table(record: Measurements) -> Table:

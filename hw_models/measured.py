@@ -1,9 +1,11 @@
 """The measured hardware model: prices from recorded times of real kernels.
 
     t = sum over experts e of  q_e (t_gate_up[b](m_e) + t_down[b](m_e) + t_gather(m_e))
-        + sum over the other matrices of t(T) + KV bytes / bandwidth + score operations / rate
+        + sum over the other matrices of t(T) + max(KV bytes / bandwidth, score operations / rate)
 
-with q_e the probability that a step wakes the expert and m_e its tokens then. Every expert is
+with q_e the probability that a step wakes the expert and m_e its tokens then. The bandwidth is
+that of a copy, the rate that of the projection to queries, keys and values at as many rows as
+queries share a part of the cache. Every expert is
 computed by itself, as it was timed, so that times add up exactly. An expert's measured time is
 divided between its projections as the times of its two halves are. Norms, rotary embeddings,
 softmax and sampling are not in it.
@@ -24,11 +26,13 @@ from dmpq.hw_models.maps import checked_maps
 from dmpq.hw_models.measurements import ExpertTiming, Measurements, Points
 from dmpq.hw_models.needs import lacking, needs, rows_when_active, seconds_at
 from dmpq.hw_models.resident import (
+    attention_shape,
     cache_bytes,
     head_shape,
     resident_bytes,
     resident_matrices,
     score_flops,
+    score_rows,
 )
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities
 from dmpq.spec import ModelSpec, MoELayer
@@ -230,13 +234,13 @@ def _other_seconds(record: Measurements, spec: ModelSpec, workload: Workload) ->
     layers = sum(
         count * at(shape, workload.tokens) for shape, count in resident_matrices(spec).items()
     )
-    rate = max(matrix.flops_per_s for matrix in record.matrices)
-    return (
-        layers
-        + at(head_shape(spec), workload.batch)
-        + cache_bytes(spec, workload) / record.copy.bandwidth_bytes_per_s
-        + score_flops(spec, workload) / rate
+    shape, rows = attention_shape(spec), score_rows(spec, workload)
+    rate = 2 * shape[0] * shape[1] * rows / at(shape, rows)
+    attention = max(
+        cache_bytes(spec, workload) / record.copy.bandwidth_bytes_per_s,
+        score_flops(spec, workload) / rate,
     )
+    return layers + at(head_shape(spec), workload.batch) + attention
 
 
 def _summed(table: Floats, maps: NDArray[np.integer]) -> Floats:

@@ -104,6 +104,7 @@ class ExpertTiming:
     def __post_init__(self) -> None:
         if self.bits not in (*QUANTIZED_WIDTHS, FULL_WIDTH):
             raise InputError(f"the kernel {self.kernel!r} has {self.bits} bits, which no menu has")
+        _check_sizes(self.whole, self.kernel)
         sizes = [
             [point.tokens for point in part] for part in (self.whole, self.gate_up, self.down)
         ]
@@ -111,7 +112,6 @@ class ExpertTiming:
             raise InputError(
                 f"the kernel {self.kernel!r} was not timed at the same tokens in all its parts"
             )
-        _check_sizes(self.whole, self.kernel)
 
     @property
     def shape(self) -> tuple[int, int, bool]:
@@ -147,12 +147,6 @@ class MatrixTiming:
     def shape(self) -> tuple[int, int]:
         """Shape (out, in)."""
         return self.out_features, self.in_features
-
-    @property
-    def flops_per_s(self) -> float:
-        """Highest rate seen."""
-        flops = 2 * self.out_features * self.in_features
-        return max(flops * point.tokens / point.median_s for point in self.points)
 
 
 @dataclass(frozen=True, order=True)
@@ -285,6 +279,9 @@ class Measurements:
     provenance: str
 
     def __post_init__(self) -> None:
+        for what in ("experts", "matrices", "gathers"):
+            if not getattr(self, what):
+                raise InputError(f"it has no {what}; measure again")
         keyed: dict[str, list[Any]] = {
             "experts": [(e.shape, e.bits, e.group_size) for e in self.experts],
             "matrices": [matrix.shape for matrix in self.matrices],

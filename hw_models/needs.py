@@ -11,7 +11,13 @@ import numpy as np
 from dmpq.formats import Format, Menu
 from dmpq.hw_models.base import Floats, Workload
 from dmpq.hw_models.measurements import Measurements, Points
-from dmpq.hw_models.resident import Shape, head_shape, resident_matrices
+from dmpq.hw_models.resident import (
+    Shape,
+    attention_shape,
+    head_shape,
+    resident_matrices,
+    score_rows,
+)
 from dmpq.hw_models.routing import active_probability
 from dmpq.spec import ModelSpec
 
@@ -52,6 +58,8 @@ def needs(spec: ModelSpec, menu: Menu, workload: Workload, selected: Floats) -> 
         most = _whole(rows[spec.layer_of_expert == ordinal].max())
         experts[shape] = max(most, experts.get(shape, 1))
     matrices = dict.fromkeys(resident_matrices(spec), _whole(workload.tokens))
+    attention = attention_shape(spec)
+    matrices[attention] = max(matrices[attention], score_rows(spec, workload))
     head = head_shape(spec)
     matrices[head] = max(_whole(workload.batch), matrices.get(head, 1))
     formats = dict.fromkeys([*menu.formats, Format(16)])

@@ -21,13 +21,9 @@ def resident_matrices(spec: ModelSpec) -> Counter[Shape]:
     geometry tells only the number of weights, counts as one matrix of as many.
     """
     hidden, matrices = spec.hidden_size, Counter[Shape]()
-    if spec.cache_values:
-        matrices[round(spec.attention_parameters_per_layer / hidden), hidden] += spec.num_layers
-    else:
-        query = spec.num_attention_heads * spec.head_dim
-        cached = 2 * spec.num_key_value_heads * spec.head_dim
-        matrices[query + cached, hidden] += spec.num_layers
-        matrices[hidden, query] += spec.num_layers
+    matrices[attention_shape(spec)] += spec.num_layers
+    if not spec.cache_values:
+        matrices[hidden, spec.num_attention_heads * spec.head_dim] += spec.num_layers
     for layer in spec.moe_layers:
         matrices[layer.num_experts, hidden] += 1
         if shared := layer.shared_intermediate_size:
@@ -37,6 +33,14 @@ def resident_matrices(spec: ModelSpec) -> Counter[Shape]:
         matrices[2 * spec.dense_intermediate_size, hidden] += dense
         matrices[hidden, spec.dense_intermediate_size] += dense
     return matrices
+
+
+def attention_shape(spec: ModelSpec) -> Shape:
+    """Return the shape of a layer's queries, keys and values together, (out, in)."""
+    if spec.cache_values:
+        return round(spec.attention_parameters_per_layer / spec.hidden_size), spec.hidden_size
+    heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
+    return heads * spec.head_dim, spec.hidden_size
 
 
 def head_shape(spec: ModelSpec) -> Shape:
@@ -55,6 +59,16 @@ def score_flops(spec: ModelSpec, workload: Workload) -> float:
     seen = workload.context if workload.phase == "decode" else workload.context / 2
     pairs = workload.tokens * seen
     return 4.0 * pairs * spec.num_attention_heads * spec.head_dim * spec.num_layers
+
+
+def score_rows(spec: ModelSpec, workload: Workload) -> int:
+    """Return how many queries share what is read of the cache: rows of the products of attention.
+
+    In decode, the query heads of one key-value head; in prefill, the whole prompt.
+    """
+    if workload.phase == "prefill":
+        return workload.context
+    return max(1, spec.num_attention_heads // spec.num_key_value_heads)
 
 
 def resident_bytes(spec: ModelSpec, workload: Workload) -> float:

@@ -37,7 +37,7 @@ ROTATION: Final = 4
 """Size of all copies in last-level caches."""
 _WARM_UP: Final = 3
 _PATIENCE: Final = 5
-_LEAST_COPIED: Final = 64 << 20
+_COPIED_BYTES: Final = 8 << 20
 _WEIGHT_SCALE: Final = 0.02
 
 
@@ -108,8 +108,8 @@ class Rig:
         """Return the times of calls taken in turn.
 
         A repetition during which the system gave the CPU to somebody else is left out, unless
-        five times the time does not bring enough others: then all count, and it is said how many
-        were such.
+        five times the time does not bring enough others. Then all count, such ones with their
+        CPU time where one thread computes, and it is said how many were such.
         """
         sample = self._cuda_sampler(calls) if self.on_cuda else _cpu_sampler(calls)
         own: list[float] = []
@@ -120,10 +120,13 @@ class Rig:
             enough = len(own) >= self.repetitions and spent >= self.seconds
             if enough or (count >= self.repetitions and spent >= _PATIENCE * self.seconds):
                 break
-            before = 0 if self.on_cuda else _preemptions()
+            before, busy = _preemptions(), time.thread_time()
             seconds = sample()
-            taken = not self.on_cuda and _preemptions() > before
-            (preempted if taken else own).append(seconds)
+            if self.on_cuda or _preemptions() == before:
+                own.append(seconds)
+            else:
+                busy = time.thread_time() - busy
+                preempted.append(busy if self.threads == 1 else seconds)
         if len(own) >= self.repetitions:
             return Samples(tuple(own), 0)
         return Samples((*own, *preempted), len(preempted))
@@ -267,12 +270,14 @@ def time_copy(rig: Rig) -> CopyTiming:
     """Time a copy in memory that no cache can hold."""
     import torch
 
-    size = max(ROTATION * rig.cache_bytes, _LEAST_COPIED)
     with rig.running():
-        source = torch.ones(size, dtype=torch.uint8, device=rig.device)
-        target = torch.zeros_like(source)
-        samples = rig.samples([_bound(target.copy_, source)])
-    return CopyTiming(size, **samples.summary())
+        chunks = [
+            torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=rig.device)
+            for _ in range(2 * rig.copies(_COPIED_BYTES))
+        ]
+        pairs = zip(chunks[::2], chunks[1::2], strict=True)
+        samples = rig.samples([_bound(target.copy_, source) for source, target in pairs])
+    return CopyTiming(_COPIED_BYTES, **samples.summary())
 
 
 def expert_matrices(shape: tuple[int, int, bool]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from dmpq.hw_models.live import LiveModel
     from dmpq.hw_models.measurements import Measurements, Points
+    from dmpq.spec import ModelSpec
 
 MEASURED = ("host", "cuda")
 
@@ -36,10 +38,17 @@ def add_parser(subparsers: Any) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hw", default="host", help="host or cuda (default: %(default)s)")
     parser.add_argument(
+        "--model",
+        default="reference",
+        help="model whose shapes are timed: 'reference', a geometry's name, or a config.json or "
+        "its folder (default: %(default)s)",
+    )
+    parser.add_argument(
         "--cost-geometry",
-        default="olmoe-1b-7b",
+        default=None,
         metavar="GEOMETRY",
-        help="model whose shapes are timed, a name or config.json (default: %(default)s)",
+        help="model at whose widths, as in dmpq.search; 'own' for the model's own (default: "
+        "olmoe-1b-7b for the reference model, else own)",
     )
     parser.add_argument("--bits", default="2,3,4,8,16", help="formats (default: %(default)s)")
     parser.add_argument("--phase", default="decode", metavar="{decode,prefill}")
@@ -78,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         return INTERRUPTED
-    console.print(f"  {record.device}, {record.stack}, {record.threads} threads")
+    console.print(f"  {record.device}, {record.stack}")
     console.print(_table(record))
     bandwidth = record.copy.bandwidth_bytes_per_s / 1e9
     console.print(f"  copy {bandwidth:.1f} GB/s; energy: {record.energy.source}")
@@ -101,7 +110,6 @@ def measure(arguments: argparse.Namespace) -> Measurements:
     """
     from dmpq.formats import Menu
     from dmpq.hw_models import Workload
-    from dmpq.spec import load_geometry
 
     if arguments.hw not in MEASURED:
         raise unknown("hardware to measure", arguments.hw, MEASURED)
@@ -109,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> Measurements:
     if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
         raise InputError(f"--out {out} is no .json file in a folder that exists; give one.")
     workload = Workload(arguments.phase, arguments.batch, arguments.context)
-    menu, spec = Menu.parse(arguments.bits), load_geometry(arguments.cost_geometry)
+    menu, spec = Menu.parse(arguments.bits), _spec(arguments.model, arguments.cost_geometry)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     model = _model(arguments)
     with progress_bars(plain_console(stderr=True)) as show:
@@ -117,6 +125,18 @@ def measure(arguments: argparse.Namespace) -> Measurements:
     if out is not None:
         record.write(out)
     return record
+
+
+def _spec(model: str, cost_geometry: str | None) -> ModelSpec:
+    """Return the geometry that a search on the model computes costs with."""
+    from dmpq.config import SearchConfig
+    from dmpq.spec import load_geometry
+
+    geometry = SearchConfig(model=model, cost_geometry=cost_geometry).geometry
+    shipped = resources.files("dmpq") / "reference" / "model" / "config.json"
+    with resources.as_file(shipped) as path:
+        spec = load_geometry(str(path) if model == "reference" else model)
+    return spec if geometry == "own" else spec.with_widths_of(load_geometry(geometry))
 
 
 def _model(arguments: argparse.Namespace) -> LiveModel:

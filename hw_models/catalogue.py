@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -13,6 +14,8 @@ from dmpq.hw_models.base import HardwareModel
 from dmpq.hw_models.device import Device, read_device
 from dmpq.hw_models.measured import MeasuredModel
 from dmpq.hw_models.measurements import holds_measurements, read_measurements
+
+Progress = Callable[[str, int, int], None]
 
 MEASURED: Final = ("host", "cuda")
 """This machine: its CPU, and its CUDA device."""
@@ -35,13 +38,15 @@ def list_hardware() -> list[str]:
     )
 
 
-def load_hardware(name: str) -> HardwareModel:
+def load_hardware(name: str, *, progress: Progress | None = None) -> HardwareModel:
     """Return the model of a device.
 
     Args:
         name: A shipped device (``"a100"``), one with a kernel stack (``"a100/gemlite"``), this
             machine (``"host"`` for its CPU, ``"cuda"`` for its GPU), or the path of a file that
             ends in ``.json`` and holds a device or recorded measurements.
+        progress: Called with a stage's name, steps done, and all steps, while this machine is
+            measured.
 
     Raises:
         InputError: If the name is unknown, the file is neither, or there is no such GPU.
@@ -49,7 +54,8 @@ def load_hardware(name: str) -> HardwareModel:
     if name in MEASURED:
         from dmpq.hw_models.live import cuda_model, host_model
 
-        return host_model() if name == "host" else cuda_model()
+        make = host_model if name == "host" else cuda_model
+        return make() if progress is None else make(progress=progress)
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():

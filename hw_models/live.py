@@ -70,7 +70,7 @@ class LiveModel:
         """Where time and energy come from."""
         records = ", ".join(record.digest for record in self._known.values())
         return (
-            f"measured on {self.device}, {self.bench.rig.threads} threads"
+            f"measured on {self.device} with {self.stack}"
             f"{f' ({records})' if records else ''}; energy: {self.bench.power.source}"
         )
 

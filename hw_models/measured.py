@@ -74,7 +74,7 @@ class MeasuredModel:
         """Where time and energy come from."""
         record = self.record
         return (
-            f"measured on {record.device}, {record.threads} threads ({record.digest}); energy: "
+            f"measured on {record.device} with {record.stack} ({record.digest}); energy: "
             f"{record.energy.source}"
         )
 

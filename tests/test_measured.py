@@ -493,7 +493,7 @@ def tiny_config(tmp_path, monkeypatch):
 
 def test_the_command_measures_prints_and_writes(tiny_config, tmp_path, capsys):
     out = tmp_path / "record.json"
-    flags = ["--cost-geometry", str(tiny_config), "--batch", "4", "--out", str(out)]
+    flags = ["--model", str(tiny_config), "--batch", "4", "--out", str(out)]
     assert hardware_measure.main(flags) == 0
     said = capsys.readouterr().out
     assert "expert 64 x 32" in said
@@ -513,6 +513,7 @@ def test_the_command_measures_prints_and_writes(tiny_config, tmp_path, capsys):
         ["--tdp-w", "5"],
         ["--hw", "cuda", "--tdp-w", "nan"],
         ["--cost-geometry", "olmo"],
+        ["--model", "no/such/model"],
         ["--bits", "5"],
         ["--phase", "decoding"],
         ["--batch", "0"],

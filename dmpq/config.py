@@ -26,7 +26,9 @@ class SearchConfig:
     Limits are upper limits in the units of their names; where none is given, ``avg_bits`` is 3.
     """
 
-    hw: str = _option("a100", "device, DEVICE/STACK, or a device file (.json)")
+    hw: str = _option(
+        "a100", "device, DEVICE/STACK, host or cuda (this machine, measured), or a file (.json)"
+    )
     model: str = _option("reference", "'reference', a local checkpoint folder, or a hub id")
     revision: str | None = _option(None, "revision of a hub model")
     dataset: str = _option("embedded", "'embedded', a local file or folder, or a hub name")

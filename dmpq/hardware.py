@@ -7,15 +7,16 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from dmpq import hardware_tables
+from dmpq import hardware_measure, hardware_tables
 from dmpq.console import INTERRUPTED, CommandParser, plain_console, refuse
-from dmpq.errors import InputError, first_line
+from dmpq.errors import InputError, first_line, is_out_of_memory
 
 AddParser = Callable[[Any], None]
 
 _COMMANDS: Final[tuple[AddParser, ...]] = (
     hardware_tables.add_list_parser,
     hardware_tables.add_show_parser,
+    hardware_measure.add_parser,
 )
 """Each adds a subcommand: ``subparsers.add_parser(...)``, with ``set_defaults(run=f)``, where
 ``f(arguments, console)`` returns the exit code."""
@@ -24,6 +25,7 @@ _EXAMPLES: Final = """examples:
   python -m dmpq.hardware list
   python -m dmpq.hardware show a100/sglang
   python -m dmpq.hardware show my-device.json --json
+  python -m dmpq.hardware measure --out this-machine.json
 """
 
 
@@ -47,6 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = "" if error.filename is None else f" ({error.filename})"
         return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refuse(
+            f"There is not enough memory ({first_line(error)}); give a smaller --cost-geometry."
+        )
     except KeyboardInterrupt:
         return INTERRUPTED
     return code

@@ -74,7 +74,7 @@ class Session:
     @cached_property
     def hardware(self) -> HardwareModel:
         """The device that costs are computed for."""
-        return load_hardware(self.config.hw)
+        return load_hardware(self.config.hw, progress=self.progress)
 
     @cached_property
     def workload(self) -> Workload:

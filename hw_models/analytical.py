@@ -29,10 +29,10 @@ from typing import Final, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.errors import InputError
 from dmpq.formats import FULL_WIDTH, Menu
 from dmpq.hw_models.base import Cost, Floats, Workload
 from dmpq.hw_models.device import Device, Math, Stack, figures
+from dmpq.hw_models.maps import checked_maps
 from dmpq.hw_models.tables import Tables, build_tables, power_mean, stored_formats
 from dmpq.spec import ModelSpec
 
@@ -172,7 +172,7 @@ class AnalyticalModel:
         Raises:
             InputError: If the assignments do not fit the model or the menu.
         """
-        maps = self._as_stored(check_assignments(assignments, spec, menu), menu)
+        maps = self._as_stored(checked_maps(assignments, spec, menu), menu)
         tables = self._tables(spec, menu, workload, inclusion)
         step = max(1, _DECISIONS_AT_ONCE // spec.num_experts)
         parts = [_experts(tables, maps[i : i + step]) for i in range(0, max(len(maps), 1), step)]
@@ -297,31 +297,6 @@ class AnalyticalModel:
 def _listed(words: list[str]) -> str:
     """Return "2, 3 and 4"."""
     return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
-
-
-def check_assignments(
-    assignments: NDArray[np.integer], spec: ModelSpec, menu: Menu
-) -> NDArray[np.integer]:
-    """Return the assignments as an array, (K, N) or (K, 2N).
-
-    Raises:
-        InputError: If they do not fit the model or the menu.
-    """
-    maps = np.asarray(assignments)
-    experts = spec.num_experts
-    if maps.ndim != 2 or maps.shape[1] not in (experts, 2 * experts):
-        raise InputError(
-            f"The assignments have shape {maps.shape}, but {spec.name} has {experts} experts; "
-            f"give an array of shape (maps, {experts}) or (maps, {2 * experts})."
-        )
-    if not np.issubdtype(maps.dtype, np.integer):
-        raise InputError(f"The assignments are {maps.dtype}; give integer indices into the menu.")
-    if maps.size and not 0 <= maps.min() <= maps.max() < len(menu):
-        raise InputError(
-            f"The assignments reach from {maps.min()} to {maps.max()}, but the menu has "
-            f"{len(menu)} formats; give indices from 0 to {len(menu) - 1}."
-        )
-    return maps
 
 
 def _experts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,11 @@ from dmpq.hw_models.accelerator import find_accelerator, list_accelerators
 from dmpq.hw_models.analytical import AnalyticalModel
 from dmpq.hw_models.base import HardwareModel
 from dmpq.hw_models.device import Device, Math, read_device
+from dmpq.hw_models.measured import MeasuredModel
+from dmpq.hw_models.measurements import holds_measurements, read_measurements
 from dmpq.hw_models.systolic import SystolicModel
+
+Progress = Callable[[str, int, int], None]
 
 ALIASES: Final = {
     "a100-80gb": "a100",
@@ -47,8 +52,8 @@ ALIASES: Final = {
 """Other names of shipped devices. What a short name stands for where several parts share it
 (``a100``: 80 GB) is the ``note`` of its file."""
 
-RESERVED: Final = frozenset({"host", "cuda"})
-"""Names of the machine at hand, measured; no file may take them."""
+MEASURED: Final = ("host", "cuda")
+"""Names of the machine at hand, its CPU and its CUDA device; no file may take them."""
 
 _TWICE: Final = (1.9, 2.1)
 _SAME: Final = 1.5
@@ -65,18 +70,28 @@ def list_hardware() -> list[str]:
     )
 
 
-def load_hardware(name: str) -> HardwareModel:
+def load_hardware(name: str, *, progress: Progress | None = None) -> HardwareModel:
     """Return the model of a device.
 
     Args:
         name: A shipped device (``"a100"``), one with a kernel stack (``"a100/gemlite"``), a
-            shipped accelerator, or the path of a device or accelerator file, which ends in
+            shipped accelerator, this machine (``"host"`` for its CPU, ``"cuda"`` for its GPU), or
+            the path of a file of a device, an accelerator or recorded measurements, which ends in
             ``.json``, or in ``.json/STACK``.
+        progress: Called with a stage's name, steps done, and all steps, while this machine is
+            measured.
 
     Raises:
-        InputError: If the name is unknown, the file is no device or accelerator file, or an
-            accelerator's simulator is not installed.
+        InputError: If the name is unknown, the file is none of these, an accelerator's simulator
+            is not installed, or there is no such GPU.
     """
+    if name in MEASURED:
+        from dmpq.hw_models.live import cuda_model, host_model
+
+        make = host_model if name == "host" else cuda_model
+        return make() if progress is None else make(progress=progress)
+    if name.endswith(".json") and holds_measurements(Path(name)):
+        return MeasuredModel(read_measurements(Path(name)))
     simulated = find_accelerator(name)
     if simulated is not None:
         return SystolicModel.of(simulated)
@@ -97,7 +112,7 @@ def find_device(name: str) -> tuple[Device, str | None]:
     known = device_name.casefold()
     known = ALIASES.get(known, known)
     if known not in list_hardware():
-        names = [*list_hardware(), *list_accelerators()]
+        names = [*list_hardware(), *list_accelerators(), *MEASURED]
         near = did_you_mean(device_name, [*names, *ALIASES])
         raise InputError(
             f"Unknown hardware {name[:60]!r}{near}; choose one of: {', '.join(names)}; or give a "
@@ -121,7 +136,7 @@ def _own(path: Path) -> Device:
             f"({', '.join(list_hardware())}), or give the path of a file."
         )
     device = read_device(path)
-    if device.name.casefold() in RESERVED:
+    if device.name.casefold() in MEASURED:
         raise InputError(
             f"The device file {path} is refused: the name {device.name!r} is that of the machine "
             "at hand; give it another."

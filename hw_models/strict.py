@@ -24,7 +24,15 @@ Bounds = Mapping[str, tuple[float, float]]
 T = TypeVar("T")
 
 
-def read_file(path: Path, kind: type[T], *, schema: str, what: str, bounds: Bounds) -> T:
+def read_file(
+    path: Path,
+    kind: type[T],
+    *,
+    schema: str,
+    what: str,
+    bounds: Bounds,
+    max_bytes: int = MAX_FILE_BYTES,
+) -> T:
     """Read a description file.
 
     Args:
@@ -33,12 +41,13 @@ def read_file(path: Path, kind: type[T], *, schema: str, what: str, bounds: Boun
         schema: What its ``"schema"`` must say.
         what: What the file describes, for messages: ``"device"``.
         bounds: Name of a number → least and greatest value.
+        max_bytes: Size of the largest file that is read.
 
     Raises:
         InputError: If it cannot be read or is no such file, with what is wrong in it.
     """
     try:
-        data = _load(path)
+        data = _load(path, max_bytes)
         if not isinstance(data, dict) or data.pop("schema", None) != schema:
             raise InputError(f'it does not say "schema": "{schema}"')
         described: T = _read(kind, data, f"the {what}", bounds)
@@ -52,11 +61,11 @@ def read_file(path: Path, kind: type[T], *, schema: str, what: str, bounds: Boun
     return described
 
 
-def schema_of(path: Path) -> str | None:
+def schema_of(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> str | None:
     """Return what a file's ``"schema"`` says; ``None`` where it cannot be read or says nothing."""
     try:
-        data = _load(path)
-    except _UNREADABLE:
+        data = _load(path, max_bytes)
+    except (InputError, *_UNREADABLE):
         return None
     schema = data.get("schema") if isinstance(data, dict) else None
     return schema if isinstance(schema, str) else None
@@ -75,9 +84,9 @@ def refuse_unsourced(
             raise InputError(f"{figure} has neither a source nor a place under assumed; add one")
 
 
-def _load(path: Path) -> Any:
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise InputError(f"it is larger than {MAX_FILE_BYTES} bytes")
+def _load(path: Path, max_bytes: int) -> Any:
+    if path.stat().st_size > max_bytes:
+        raise InputError(f"it is larger than {max_bytes} bytes")
     return json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
 
 

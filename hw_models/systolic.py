@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from dmpq.formats import Menu
 from dmpq.hw_models.accelerator import BITS_PER_BYTE, Accelerator
-from dmpq.hw_models.analytical import check_assignments
 from dmpq.hw_models.base import Cost, Floats, Workload
+from dmpq.hw_models.maps import checked_maps
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
 from dmpq.hw_models.scale_sim import Layer, ScaleSim, scale_sim_version
 from dmpq.hw_models.traffic import Product, offchip_bytes
@@ -101,7 +101,7 @@ class SystolicModel:
             InputError: If the assignments do not fit the model or the menu, or SCALE-Sim is needed
                 and not installed.
         """
-        maps = check_assignments(assignments, spec, menu)
+        maps = checked_maps(assignments, spec, menu)
         tables = self._tables(spec, menu, workload, inclusion)
         return Cost(
             latency_s=_summed(tables.seconds, maps) + tables.resident_s,

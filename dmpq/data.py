@@ -166,11 +166,9 @@ def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[Windows
 def _read(dataset: str) -> tuple[list[str], list[str], str]:
     """Return calibration texts, held-out texts, and what they are."""
     if dataset == "embedded":
-        # Docstrings stand in the code as well: as prose of their own they would let one passage
-        # serve two calibration roles.
-        code = [d.text for d in embedded.side_documents("calibration") if d.kind == "code"]
-        heldout = [d.text for d in embedded.side_documents("heldout")]
-        return code, heldout, "embedded (the standard library's code and docstrings)"
+        calibration = embedded.texts_told_once("calibration")  # its windows serve several roles
+        heldout = [document.text for document in embedded.side_documents("heldout")]
+        return calibration, heldout, "embedded (the standard library's code and docstrings)"
     if os.path.exists(dataset):
         path = Path(dataset)
         texts = _read_local(path)

@@ -26,6 +26,9 @@ Kind = Literal["code", "prose"]
 
 _TRAIN_SHARE: Final = 0.76
 _CALIBRATION_SHARE: Final = 0.12
+_CODE_SHARE: Final = 0.45
+"""Share of files that give their code where each gives one of both: the prose is then about 15% of
+the text, as among all documents of a side."""
 _TABLES: Final = frozenset({"encodings", "pydoc_data", "this", "antigravity"})
 """Generated tables and jokes, whose bytes are no natural text (``pydoc_data`` enters as prose)."""
 _TEST_FOLDERS: Final = frozenset({"test", "tests", "idle_test"})
@@ -50,11 +53,16 @@ class Document:
 
 def side_of(module: str) -> Side:
     """Return the side of a top-level module, from the SHA-256 of its name alone."""
-    digest = hashlib.sha256(module.encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
+    position = _position(module)
     if position < _TRAIN_SHARE:
         return "train"
     return "calibration" if position < _TRAIN_SHARE + _CALIBRATION_SHARE else "heldout"
+
+
+def _position(name: str) -> float:
+    """Return a number in [0, 1) that depends on a name alone."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _source_files(root: Path, module: str) -> list[Path]:
@@ -109,6 +117,22 @@ def side_documents(side: Side) -> tuple[Document, ...]:
     if side_of("pydoc_data") == side:
         found.extend(_pydoc_topics())
     return tuple(found)
+
+
+def texts_told_once(side: Side) -> list[str]:
+    """Return one side's texts such that no passage stands in two of them.
+
+    A docstring stands in its file's code, too: windows of both, in different roles, would share
+    it. So a file gives either its code or its docstrings, by a hash of its path.
+    """
+    documents = side_documents(side)
+    with_prose = {document.path for document in documents if document.kind == "prose"}
+    return [
+        document.text
+        for document in documents
+        if document.path not in with_prose
+        or (document.kind == "code") == (_position(document.path) < _CODE_SHARE)
+    ]
 
 
 def differs_from_card() -> tuple[int, int]:

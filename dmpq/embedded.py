@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 Side = Literal["train", "calibration", "heldout"]
 Kind = Literal["code", "prose"]
@@ -126,11 +126,12 @@ def texts_told_once(side: Side) -> list[str]:
     it. So a file gives either its code or its docstrings, by a hash of its path.
     """
     documents = side_documents(side)
-    with_prose = {document.path for document in documents if document.kind == "prose"}
+    paths = {kind: {d.path for d in documents if d.kind == kind} for kind in get_args(Kind)}
+    with_both = paths["code"] & paths["prose"]
     return [
         document.text
         for document in documents
-        if document.path not in with_prose
+        if document.path not in with_both
         or (document.kind == "code") == (_position(document.path) < _CODE_SHARE)
     ]
 

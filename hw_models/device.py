@@ -83,6 +83,9 @@ class Stack:
         step_s: Overhead per step.
         sequence_s: Overhead per sequence and step.
         source: Where the figures outside the kernels come from.
+        calibrated: Whether every kernel was fitted to points measured on this very device, of two
+            models or more, so that the error on a model not fitted is known.
+        fitted: Figures that were fitted, for example ``"kernels.4.launch_s"``.
     """
 
     name: str
@@ -94,6 +97,8 @@ class Stack:
     step_s: float
     sequence_s: float
     source: str
+    calibrated: bool = False
+    fitted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         widths = [kernel.bits for kernel in self.kernels]

@@ -217,9 +217,7 @@ class AnalyticalModel:
         inclusion: NDArray[np.floating] | None,
     ) -> Tables:
         key = None if inclusion is None else np.asarray(inclusion, np.float64).tobytes()
-        return build_tables(
-            self.facts, self.kernels, spec, menu, workload, key, self.balanced
-        )
+        return build_tables(self.facts, self.kernels, spec, menu, workload, key, self.balanced)
 
     def _power_w(self, parts: Breakdown) -> Floats | float:
         """Return mean power, watts: fitted where the file has a fit, else a share of TDP."""

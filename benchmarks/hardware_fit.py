@@ -120,7 +120,7 @@ points in view; only the left-out models are unseen by the figures, not by the m
 
 def _errors_table(found: list[Calibration]) -> list[str]:
     lines = [
-        "| profile | points | in-sample | left out | bias, left out | tau, in-sample | tau, left out "
+        "| profile | points | in-sample | left out | its bias | tau, in-sample | tau, left out "
         "| signs | calibrated |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
@@ -156,8 +156,8 @@ def _summary(found: list[Calibration]) -> list[str]:
 
 def _orders(found: list[Calibration]) -> list[str]:
     lines = [
-        "Kendall's tau among all points of one device, model and token count, whatever their stack "
-        "and width.",
+        "Kendall's tau among all points of one device, model and token count, whatever their "
+        "stack and width.",
         "",
         "| device | groups | pairs | in-sample | left out |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -7,7 +7,16 @@ For each layer, projection and format present, one launch:
 with bytes and weights those of the experts that a step is expected to wake, flops those of their
 tokens in whole tiles, and efficiencies e_m, e_c, ceiling R and launch t0 those of the width's
 kernel in this stack. Attention, routers, shared experts and head follow the same roofline at the
-checkpoint's own precision. The form and most efficiencies were fitted to the measured MoE and GEMM
+stack's resident width, which is the checkpoint's own precision where the device has it.
+
+Widths that a device lacks follow three rules, and :meth:`AnalyticalModel.unsupported` names each
+case. A width that cannot be *stored* (``stored_widths``) takes the memory and the time of the next
+wider one that can. A width without a *kernel* keeps its own memory and takes the time of the next
+wider kernel. A width beyond the device's *arithmetic* (16 bits on an 8-bit Edge TPU) keeps its
+memory and is computed in several passes over parts of its bits: never cheaper than a width that
+the device has, so that no search gains by pretending; and no invented host computes it instead.
+
+The form and most efficiencies were fitted to the measured MoE and GEMM
 tables of ``ai-dynamo/aiconfigurator`` (Apache-2.0) and to gemlite's published speed-ups; each
 device file names its sources.
 """
@@ -15,16 +24,16 @@ device file names its sources.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
-from dmpq.formats import Menu
+from dmpq.formats import FULL_WIDTH, Menu
 from dmpq.hw_models.base import Cost, Floats, Workload
-from dmpq.hw_models.device import Device, Stack
-from dmpq.hw_models.tables import Tables, build_tables, power_mean
+from dmpq.hw_models.device import Device, Math, Stack, figures
+from dmpq.hw_models.tables import Tables, build_tables, power_mean, stored_formats
 from dmpq.spec import ModelSpec
 
 # Mean power where none was fitted: within 12% on ML.ENERGY's H100 decode points.
@@ -108,9 +117,28 @@ class AnalyticalModel:
 
     @property
     def source(self) -> str:
-        """Where the stack's figures come from, and which of the device's are assumed."""
-        assumed = ", ".join(self.facts.assumed)
+        """Where the stack's figures come from, and which of those that count are assumed."""
+        assumed = "; ".join(self.assumed)
         return f"analytical; {self.kernels.source}" + (f"; assumed: {assumed}" if assumed else "")
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """Figures that a cost on this stack depends on and that nobody has published."""
+        maths = {kernel.math for kernel in self.kernels.kernels}
+        idle = set() if self.facts.power else {"idle_w"}  # without a fit it bounds nothing
+        peaks = {f"peak_{math}_flops_per_s" for math in get_args(Math) if math not in maths}
+        named = [name for name in self.facts.assumed if name not in peaks | idle]
+        own = [name for name in named if not name.startswith("stacks.")]
+        if f"stacks.{self.stack}" in named:
+            return *own, f"all of stack {self.stack}"
+        widths: dict[str, list[str]] = {}
+        for kernel in self.kernels.kernels:
+            if kernel.assumed:
+                rest = figures(kernel).keys() - {"bits", "passes", *kernel.assumed}
+                what = ", ".join(kernel.assumed) if rest else "all"
+                widths.setdefault(what, []).append(str(kernel.bits))
+        kernels = [f"{what} of {_listed(bits)} bits" for what, bits in widths.items()]
+        return *own, *self.kernels.assumed, *kernels
 
     @property
     def capacity_bytes(self) -> float:
@@ -149,7 +177,7 @@ class AnalyticalModel:
         Raises:
             InputError: If the assignments do not fit the model or the menu.
         """
-        maps = _checked(assignments, spec, menu)
+        maps = self._as_stored(_checked(assignments, spec, menu), menu)
         tables = self._tables(spec, menu, workload, inclusion)
         step = max(1, _DECISIONS_AT_ONCE // spec.num_experts)
         parts = [_experts(tables, maps[i : i + step]) for i in range(0, max(len(maps), 1), step)]
@@ -197,16 +225,56 @@ class AnalyticalModel:
         shared: Floats = own + tables.launch_s / counts[:, None, None]
         return shared
 
+    def stored_bits(self, spec: ModelSpec, menu: Menu) -> NDArray[np.int64]:
+        """Return the bits that each expert's projections take in the device's memory: (N, 2, B).
+
+        Those of the format itself, or of the wider one that the device stores it as.
+        """
+        formats = stored_formats(self.kernels, menu)
+        menus = [Menu((fmt,), menu.quantizer, menu.symmetric) for fmt in formats]
+        return np.concatenate([spec.stored_bits(one) for one in menus], axis=2)
+
+    def _as_stored(self, maps: NDArray[np.integer], menu: Menu) -> NDArray[np.integer]:
+        """Return maps with one index for formats that are stored alike: they share a launch."""
+        formats = stored_formats(self.kernels, menu)
+        first = np.array([formats.index(fmt) for fmt in formats])
+        return maps if (first == np.arange(len(first))).all() else first[maps]
+
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
-        """Return one note for each format whose width has no kernel of its own in this stack."""
-        notes = []
-        for fmt in menu.formats:
-            runs_as = self.kernels.kernel(fmt.bits).bits
-            if runs_as != fmt.bits:
-                notes.append(
-                    f"{fmt.key}: {self.name}/{self.stack} has no {fmt.bits}-bit kernel; stored "
-                    f"at {fmt.bits} bits, timed as {runs_as} bits"
-                )
+        """Return one note for each format whose width the device does not have as it is."""
+        found = ((fmt.key, self._what_lacks(fmt.bits)) for fmt in menu.formats)
+        return tuple(f"{key}: {what}" for key, what in found if what)
+
+    def _what_lacks(self, bits: int) -> str:
+        stack = self.kernels
+        stored, kernel = stack.stored_width(bits), stack.kernel(bits)
+        where = f"{self.name}/{self.stack}"
+        if kernel.passes > 1:
+            part = kernel.bits // kernel.passes
+            return (
+                f"{where} has no {kernel.bits}-bit arithmetic; stored at {stored} bits, timed as "
+                f"{kernel.passes} passes of {part} bits"
+            )
+        if stored != bits:
+            return f"{where} cannot store {bits} bits; stored and timed as {kernel.bits} bits"
+        if kernel.bits != bits:
+            return (
+                f"{where} has no {bits}-bit kernel; stored at {bits} bits, timed as "
+                f"{kernel.bits} bits"
+            )
+        return ""
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user of the costs should know of this device, one clause each."""
+        notes = [] if self.facts.note is None else [self.facts.note]
+        width = self.kernels.resident_bits
+        if width != FULL_WIDTH:
+            notes.append(
+                f"attention, routers, shared experts, head and KV cache are costed at {width} "
+                f"bits, all that {self.name}/{self.stack} has; what that loses is not measured"
+            )
+        if self.assumed:
+            notes.append(f"assumed, for want of published figures: {'; '.join(self.assumed)}")
         return tuple(notes)
 
     def _tables(
@@ -230,6 +298,11 @@ class AnalyticalModel:
         line = facts.power.base_w + facts.power.memory_w * memory + facts.power.compute_w * compute
         clipped: Floats = np.clip(line, facts.idle_w, facts.tdp_w)
         return clipped
+
+
+def _listed(words: list[str]) -> str:
+    """Return "2, 3 and 4"."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
 
 
 def _checked(assignments: NDArray[np.integer], spec: ModelSpec, menu: Menu) -> NDArray[np.integer]:

@@ -46,8 +46,8 @@ def updated(data: dict[str, Any], calibration: Calibration, *, origin: str) -> d
     said = describe(calibration, origin=origin)
     for kernel in stack.kernels:
         new = asdict(kernel)
-        old = known.setdefault(kernel.bits, new)
         names = [n.split(".")[2] for n in stack.fitted if n.startswith(f"kernels.{kernel.bits}.")]
+        old = known.setdefault(kernel.bits, {**new, "assumed": list(_KERNEL_FIGURES)})
         if not names:
             continue
         old |= {figure: new[figure] for figure in _KERNEL_FIGURES}
@@ -129,5 +129,7 @@ def _follow(kernels: dict[int, dict[str, Any]]) -> None:
 
 
 def _no_longer_assumed(entry: dict[str, Any], names: Sequence[str]) -> None:
-    if "assumed" in entry:
-        entry["assumed"] = [name for name in entry["assumed"] if name not in names]
+    """Take figures off the list of those that nobody has published, and absent ones with them."""
+    absent = {name for name in _KERNEL_FIGURES if name in entry and entry[name] is None}
+    gone = {*names, *absent}
+    entry["assumed"] = [name for name in entry.get("assumed", ()) if name not in gone]

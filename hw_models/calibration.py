@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from dmpq.errors import InputError
-from dmpq.formats import FULL_WIDTH, Format, Menu
+from dmpq.formats import FULL_WIDTH, Format
 from dmpq.hw_models.analytical import AnalyticalModel, Breakdown
 from dmpq.hw_models.base import Floats, Phase, Workload
 from dmpq.hw_models.device import Device, Power, Stack
@@ -114,9 +114,8 @@ def faster_than_memory(device: Device, point: Point) -> bool:
     if point.kind != "moe_layer":
         return False
     spec, workload = _asked(point)
-    tables = build_tables(
-        device, device.stacks[0], spec, point.precision.menu, workload, None, True
-    )
+    menu, stack = point.precision.menu, device.stacks[0]
+    tables = build_tables(device, stack, spec, menu, workload, None, True)
     read = float(tables.active.sum() * tables.stored_bytes.sum())
     return point.value * device.bandwidth_bytes_per_s < read
 
@@ -168,10 +167,11 @@ def choose_parameters(stack: Stack, points: Sequence[Point]) -> tuple[str, ...]:
     Of the kernel of each width measured in layers: memory efficiency, from 3 points also compute
     efficiency, from 4 also the launch. Measured in speed-ups only: the ceiling on dequantizing,
     from 3 points also compute efficiency; the rest is the 16-bit kernel's. Measured in whole
-    models only: memory efficiency, below 8 bits the ceiling. From 8 steps of 3 batch sizes: the dense efficiencies and the
-    overheads per layer and sequence; the overhead per step is held, which few models tell from
-    that per layer. In the end there are fewer figures than points: launches go first, then
-    compute efficiencies.
+    models only: memory efficiency, below 8 bits the ceiling. Where there are speed-ups, also the
+    16-bit kernel's compute efficiency, which they show by where they fade. From 8 steps of 3 batch
+    sizes: the dense efficiencies and the overheads per layer and sequence; the overhead per step
+    is held, which few models tell from that per layer. In the end there are fewer figures than
+    points: launches go first, then compute efficiencies.
 
     Raises:
         InputError: If there are fewer than 3 points.
@@ -379,10 +379,8 @@ def _relevant(stack: Stack, point: Point) -> Stack:
     widths = {point.precision.bits, FULL_WIDTH}
     kernels = {k.bits: replace(k, source="") for k in map(stack.kernel, widths)}
     alone = point.kind in ("moe_layer", "speedup")
-    nothing = {"layer_s": 0.0, "sequence_s": 0.0, "step_s": 0.0} if alone else {}
-    return replace(
-        stack, name="", source="", fitted=(), kernels=tuple(kernels.values()), **nothing
-    )  # type: ignore[arg-type]
+    part = replace(stack, name="", source="", fitted=(), kernels=tuple(kernels.values()))
+    return replace(part, layer_s=0.0, sequence_s=0.0, step_s=0.0) if alone else part
 
 
 @lru_cache(maxsize=1 << 14)

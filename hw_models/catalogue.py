@@ -2,24 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
-from dmpq.errors import InputError, unknown
+from dmpq.errors import InputError, did_you_mean
 from dmpq.hw_models.analytical import AnalyticalModel
 from dmpq.hw_models.base import HardwareModel
-from dmpq.hw_models.device import Device, read_device
+from dmpq.hw_models.device import Device, Math, read_device
 
 ALIASES: Final = {
     "a100-80gb": "a100",
+    "a100-sxm": "a100",
     "h100-80gb": "h100",
+    "h100-sxm": "h100",
     "h200-141gb": "h200",
+    "b200-180gb": "b200",
     "v100-32gb": "v100",
+    "tesla-t4": "t4",
+    "3060": "rtx3060",
+    "rtx-3060": "rtx3060",
     "4090": "rtx4090",
     "rtx-4090": "rtx4090",
+    "agx-orin": "jetson-agx-orin",
+    "orin-nano": "jetson-orin-nano",
+    "coral": "coral-edge-tpu",
+    "edge-tpu": "coral-edge-tpu",
+    "edgetpu": "coral-edge-tpu",
+    "tpuv5e": "tpu-v5e",
+    "v5e": "tpu-v5e",
+    "spr": "sapphire-rapids",
+    "xeon-8480": "sapphire-rapids",
+    "9654": "epyc-9654",
+    "genoa": "epyc-9654",
+    "pi5": "raspberry-pi-5",
+    "rpi5": "raspberry-pi-5",
+    "apple-m2-max": "m2-max",
+    "m2max": "m2-max",
 }
+"""Other names of shipped devices. What a short name stands for where several parts share it
+(``a100``: 80 GB) is the ``note`` of its file."""
+
+RESERVED: Final = frozenset({"host", "cuda"})
+"""Names of the machine at hand, measured; no file may take them."""
+
+_TWICE: Final = (1.9, 2.1)
+_SAME: Final = 1.5
+_HALVED: Final = 3.0
+"""A ratio of 8 to 16 bits above this is that of a card which halves 16 bits when it accumulates in
+32: twice its dense peak may be the honest one of accumulating in 16."""
 
 
 def list_hardware() -> list[str]:
@@ -35,30 +68,90 @@ def load_hardware(name: str) -> HardwareModel:
 
     Args:
         name: A shipped device (``"a100"``), one with a kernel stack (``"a100/gemlite"``), or the
-            path of a device file, which ends in ``.json``.
+            path of a device file, which ends in ``.json``, or in ``.json/STACK``.
 
     Raises:
         InputError: If the name is unknown or the file is no device file.
     """
-    if name.endswith(".json"):
-        path = Path(name)
-        if not path.is_file():
-            raise InputError(
-                f"There is no device file {name}; choose a device by name "
-                f"({', '.join(list_hardware())}), or give the path of a file."
-            )
-        device = read_device(path)
-        return AnalyticalModel(device, device.stack())
+    device, stack = find_device(name)
+    return AnalyticalModel(device, device.stack(stack))
+
+
+def find_device(name: str) -> tuple[Device, str | None]:
+    """Return a device, and the kernel stack that its name asks for; names as above.
+
+    Raises:
+        InputError: If the name is unknown or the file is no device file.
+    """
+    path, ending, stack = name.rpartition(".json")
+    if ending and (not stack or stack.startswith("/")):
+        return _own(Path(path + ending)), stack[1:] or None
     device_name, slash, stack = name.partition("/")
-    known = ALIASES.get(device_name, device_name)
+    known = device_name.casefold()
+    known = ALIASES.get(known, known)
     if known not in list_hardware():
-        remedy = "Or give a DEVICE/STACK pair, or the path of a device file ending in .json."
-        raise unknown("hardware", name, [*list_hardware(), *ALIASES], remedy)
-    device = _shipped(known)
-    return AnalyticalModel(device, device.stack(stack if slash else None))
+        names = list_hardware()
+        near = did_you_mean(device_name, [*names, *ALIASES])
+        raise InputError(
+            f"Unknown hardware {name[:60]!r}{near}; choose one of: {', '.join(names)}; or give a "
+            "DEVICE/STACK pair, or the path of a device file ending in .json."
+        )
+    return shipped(known), stack if slash else None
 
 
 @cache
-def _shipped(name: str) -> Device:
+def shipped(name: str) -> Device:
+    """Return a shipped device by the name of its file."""
     with resources.as_file(resources.files("dmpq.hw_models") / f"{name}.json") as path:
         return read_device(path)
+
+
+def _own(path: Path) -> Device:
+    """Read a user's device file, and refuse what only the shipped ones show to be wrong."""
+    if not path.is_file():
+        raise InputError(
+            f"There is no device file {path}; choose a device by name "
+            f"({', '.join(list_hardware())}), or give the path of a file."
+        )
+    device = read_device(path)
+    if device.name.casefold() in RESERVED:
+        raise InputError(
+            f"The device file {path} is refused: the name {device.name!r} is that of the machine "
+            "at hand; give it another."
+        )
+    for name in list_hardware():
+        _refuse_sparse(device, shipped(name), path)
+    return device
+
+
+def _refuse_sparse(device: Device, known: Device, path: Path) -> None:
+    """Refuse a peak that is twice the dense one of the device that a file claims to describe.
+
+    The file must name the known device, and its bandwidth must be that of one such device: two
+    cards in one file are no sparse card.
+
+    Raises:
+        InputError: With the figure and its dense value.
+    """
+    names = {known.name, *(alias for alias, name in ALIASES.items() if name == known.name)}
+    said = _words(f"{device.name} {device.description}")
+    if not any(f" {_words(name).strip()} " in said for name in names):
+        return
+    if device.bandwidth_bytes_per_s > _SAME * known.bandwidth_bytes_per_s:
+        return
+    eight, sixteen = known.peak_int8_flops_per_s, known.peak_fp16_flops_per_s
+    halved = eight is not None and sixteen is not None and eight / sixteen > _HALVED
+    for math in ("int8", "int4") if halved else get_args(Math):
+        figure = f"peak_{math}_flops_per_s"
+        own, dense = getattr(device, figure), getattr(known, figure)
+        if own is not None and dense is not None and _TWICE[0] < own / dense < _TWICE[1]:
+            raise InputError(
+                f"The device file {path} is refused: {figure} {own:g} is twice the dense peak of "
+                f"{known.description} ({dense:g}), as sheets print it for sparse matrices; "
+                "write the dense one."
+            )
+
+
+def _words(text: str) -> str:
+    """Return text as lower-case words between single spaces: "RTX-4090" as " rtx 4090 "."""
+    return f" {' '.join(re.findall('[a-z0-9]+', text.casefold()))} "

@@ -1,49 +1,63 @@
 """Device files: the facts of a device and of its kernel stacks, read strictly.
 
-A figure nobody has published is listed under ``assumed``; every other has a source. Peaks are
-dense: vendors' sheets often print twice that, for structured sparsity.
+Every figure has a source, or is listed under ``assumed``: nobody has published it. Peaks are
+dense: vendors' sheets often print twice that, for structured sparsity, and a file that seems to
+hold such a figure is refused.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import types
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Final, Literal, get_args
 
 from dmpq.errors import InputError, unknown
-from dmpq.formats import FULL_WIDTH
+from dmpq.formats import FULL_WIDTH, QUANTIZED_WIDTHS
+from dmpq.hw_models.strict_json import read_as, read_object
 
 SCHEMA: Final = "dmpq.device/1"
-MAX_FILE_BYTES: Final = 1 << 20
-_LARGEST: Final = 1e300
+WIDTHS: Final = (*QUANTIZED_WIDTHS, FULL_WIDTH)
 
 Math = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 
-# A figure outside these bounds is in another unit (GB/s, TFLOPS, GB) than its name says.
-_BOUNDS: Final = {
-    "capacity_bytes": (1e6, 1e14),
-    "bandwidth_bytes_per_s": (1e8, 1e15),
-    "tdp_w": (0.1, 1e5),
-    "idle_w": (0.0, 1e5),
-    "base_w": (0.0, 1e5),
-    "memory_w": (0.0, 1e5),
-    "compute_w": (0.0, 1e5),
-    "dequantized_weights_per_s": (1e6, 1e16),
-    "tile_rows": (1, 4096),
-    "memory_efficiency": (1e-4, 1.0),
-    "compute_efficiency": (1e-4, 1.0),
-    "dense_memory_efficiency": (1e-4, 1.0),
-    "dense_compute_efficiency": (1e-4, 1.0),
-    "launch_s": (0.0, 1.0),
-    "layer_s": (0.0, 1.0),
-    "step_s": (0.0, 1.0),
-    "sequence_s": (0.0, 1.0),
-    **{f"peak_{name}_flops_per_s": (1e8, 1e18) for name in get_args(Math)},
+_LADDER: Final[tuple[Math, ...]] = ("fp32", "bf16", "int8", "int4")
+
+# A figure outside these bounds is in another unit (GB, TFLOPS, us, percent, kW) than its name
+# says. They are as tight as devices from a single-board computer to a wafer-scale engine allow.
+BOUNDS: Final = {
+    "capacity_bytes": (1e8, 1e13),
+    "bandwidth_bytes_per_s": (1e8, 3e16),
+    "tdp_w": (1.0, 2e4),
+    "idle_w": (0.0, 2e4),
+    "base_w": (0.0, 2e4),
+    "memory_w": (0.0, 2e4),
+    "compute_w": (0.0, 2e4),
+    "bits": (1, FULL_WIDTH),
+    "passes": (1, 8),
+    "resident_bits": (8, FULL_WIDTH),
+    "dequantized_weights_per_s": (1e8, 1e15),
+    "tile_rows": (1, 512),
+    "memory_efficiency": (1e-3, 1.0),
+    "compute_efficiency": (1e-3, 1.0),
+    "dense_memory_efficiency": (1e-3, 1.0),
+    "dense_compute_efficiency": (1e-3, 1.0),
+    "launch_s": (0.0, 5e-3),
+    "layer_s": (0.0, 1e-2),
+    "step_s": (0.0, 0.1),
+    "sequence_s": (0.0, 1e-2),
+    **{f"peak_{name}_flops_per_s": (1e10, 1e17) for name in get_args(Math)},
 }
+_OPERATIONS_PER_JOULE: Final = (1e9, 3e13)
+"""From a single-board computer's CPU, with room, to several times an accelerator of 2024."""
+
+_LARGEST_STEP: Final = 4.2
+"""A step of the ladder above this is no dense hardware's: GeForce cards, which halve 16 bits with
+32-bit accumulation, have 4 between 16 and 8 bits, all others less."""
+
+_SPARSE: Final = ("sparse", "sparsity")
+_MADE_DENSE: Final = ("dense", "halve", "half of", "without spars")
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,14 @@ class Kernel:
         memory_efficiency: Share of the nominal bandwidth that it reaches.
         compute_efficiency: Share of the dense peak that it reaches.
         launch_s: Time of a launch that does nothing, one MoE layer's two products together.
-        dequantized_weights_per_s: Ceiling on unpacking; ``None`` where none is known.
         source: Where these figures come from.
+        dequantized_weights_per_s: Ceiling on unpacking; ``None`` where none is known. It makes a
+            narrow width slower than a wide one where its codes are dear to unpack (llama.cpp's
+            2 and 3 bits on CPUs).
+        passes: How often a product is computed, each time on a part of the weights' bits. More
+            than 1 where the device has no arithmetic as wide as its weights: 16 bits as two
+            halves of 8.
+        assumed: Those of the figures above that nobody has published.
     """
 
     bits: int
@@ -67,6 +87,13 @@ class Kernel:
     launch_s: float
     source: str
     dequantized_weights_per_s: float | None = None
+    passes: int = 1
+    assumed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bits % self.passes:
+            raise InputError(f"the {self.bits}-bit kernel cannot have {self.passes} passes")
+        _known(self.assumed, figures(self), f"assumed figure of the {self.bits}-bit kernel")
 
 
 @dataclass(frozen=True)
@@ -75,7 +102,7 @@ class Stack:
 
     Attributes:
         name: Name, as in ``a100/gemlite``.
-        kernels: One per width that has a kernel; 16 is always among them.
+        kernels: One per width that has a kernel, by rising width; 16 is always among them.
         tile_rows: Tokens to which an expert's share of the batch is padded.
         dense_memory_efficiency: Share of the bandwidth that attention and head reach.
         dense_compute_efficiency: Share of the peak that attention and head reach.
@@ -83,6 +110,12 @@ class Stack:
         step_s: Overhead per step.
         sequence_s: Overhead per sequence and step.
         source: Where the figures outside the kernels come from.
+        stored_widths: Widths that can be stored, rising; a width between them takes the room of
+            the next wider. All are stored as they are where the file does not say.
+        resident_bits: Width of all that is no routed expert (attention, routers, shared experts,
+            head, KV cache, activations): 16 for the checkpoint's own precision, 8 on a device
+            that has no wider arithmetic.
+        assumed: Those of the figures above that nobody has published.
         calibrated: Whether every kernel was fitted to points measured on this very device, of two
             models or more, so that the error on a model not fitted is known.
         fitted: Figures that were fitted, for example ``"kernels.4.launch_s"``.
@@ -97,6 +130,9 @@ class Stack:
     step_s: float
     sequence_s: float
     source: str
+    stored_widths: tuple[int, ...] = WIDTHS
+    resident_bits: int = FULL_WIDTH
+    assumed: tuple[str, ...] = ()
     calibrated: bool = False
     fitted: tuple[str, ...] = ()
 
@@ -106,10 +142,31 @@ class Stack:
             raise InputError(f"stack {self.name!r} has no kernel for 16 bits; add one")
         if len(set(widths)) != len(widths):
             raise InputError(f"stack {self.name!r} names a width twice; name each once")
+        for what, rising in (("kernels", widths), ("stored_widths", [*self.stored_widths])):
+            if rising != sorted(set(rising)) or not set(rising) <= set(WIDTHS):
+                allowed = ", ".join(str(width) for width in WIDTHS)
+                raise InputError(
+                    f"the {what} of stack {self.name!r} are of {rising} bits; they must rise, "
+                    f"among {allowed}"
+                )
+        if FULL_WIDTH not in self.stored_widths:
+            raise InputError(f"stack {self.name!r} cannot store 16 bits; add it to stored_widths")
+        for kernel in self.kernels:
+            if self.stored_width(kernel.bits) != kernel.bits:
+                raise InputError(
+                    f"stack {self.name!r} has a kernel for {kernel.bits} bits, which it stores "
+                    f"as {self.stored_width(kernel.bits)}; leave it out, or store that width"
+                )
+        _known(self.assumed, figures(self), f"assumed figure of stack {self.name!r}")
+
+    def stored_width(self, bits: int) -> int:
+        """Return the width that weights of a width are stored at."""
+        return min(width for width in self.stored_widths if width >= bits)
 
     def kernel(self, bits: int) -> Kernel:
-        """Return the kernel that runs a width: its own, else the next wider one."""
-        return min((k for k in self.kernels if k.bits >= bits), key=lambda k: k.bits)
+        """Return the kernel that runs a width: that of its storage, else the next wider one."""
+        stored = self.stored_width(bits)
+        return min((k for k in self.kernels if k.bits >= stored), key=lambda k: k.bits)
 
 
 @dataclass(frozen=True)
@@ -140,9 +197,11 @@ class Device:
         idle_w: Power with a context open and no work.
         calibrated: Whether the figures were fitted on this very device.
         stacks: Kernel stacks.
-        sources: Figure → where it comes from.
-        assumed: Figures that nobody has published.
+        sources: Figure → where it comes from; for an assumed one, how it was chosen.
+        assumed: Figures that nobody has published; ``stacks.NAME`` for all of a stack's.
         power: Fitted power; ``None`` for a constant share of ``tdp_w``.
+        note: What a user of the name should know: which of several parts it stands for.
+        peaks: What kind the peaks are; only dense ones are accepted.
         peak_fp32_flops_per_s: Dense peak, ``None`` where the device has no such path; the same
             for the other number formats.
     """
@@ -158,6 +217,8 @@ class Device:
     sources: Mapping[str, str] = field(hash=False)
     assumed: tuple[str, ...]
     power: Power | None = None
+    note: str | None = None
+    peaks: Literal["dense", "sparse"] = "dense"
     peak_fp32_flops_per_s: float | None = None
     peak_fp16_flops_per_s: float | None = None
     peak_bf16_flops_per_s: float | None = None
@@ -171,26 +232,66 @@ class Device:
         names = [stack.name for stack in self.stacks]
         if len(set(names)) != len(names):
             raise InputError("it names a kernel stack twice; name each once")
-        if self.idle_w >= self.tdp_w:
-            raise InputError(f"idle_w {self.idle_w:g} is not below tdp_w {self.tdp_w:g}")
-        ladder = [
-            peak
-            for name in ("fp32", "bf16", "int8", "int4")
-            if (peak := self._peaks()[name]) is not None
-        ]
-        if ladder != sorted(ladder):
-            raise InputError(
-                "a narrower number format has a lower peak; write dense peaks of one kind"
-            )
-        for stack in self.stacks:
-            for kernel in stack.kernels:
-                self.peak_flops_per_s(kernel.math)
-        figures = [*_figures(self), *(f"stacks.{stack.name}" for stack in self.stacks)]
+        for text in (self.name, *names):
+            if not text or not text.isprintable() or "/" in text:
+                raise InputError(f"{text!r} is no name; give printable text without a slash")
+        self._check_power()
+        self._check_peaks()
+        figures = (*self.figures(), *(f"stacks.{name}" for name in names))
         for figure in figures:
             if figure not in self.sources and figure not in self.assumed:
                 raise InputError(
                     f"{figure} has neither a source nor a place under assumed; add one"
                 )
+        _known(self.assumed, figures, "assumed figure")
+        _known(self.sources, figures, "figure under sources")
+
+    def figures(self) -> dict[str, float | Power]:
+        """Return the device's own figures by name, those of its stacks left out."""
+        found: dict[str, float | Power] = dict(figures(self))
+        return found if self.power is None else found | {"power": self.power}
+
+    def _check_power(self) -> None:
+        if self.idle_w >= self.tdp_w:
+            raise InputError(f"idle_w {self.idle_w:g} is not below tdp_w {self.tdp_w:g}")
+        if self.power is not None and self.power.base_w > self.tdp_w:
+            raise InputError(f"base_w {self.power.base_w:g} is above tdp_w {self.tdp_w:g}")
+
+    def _check_peaks(self) -> None:
+        for stack in self.stacks:
+            for kernel in stack.kernels:
+                self.peak_flops_per_s(kernel.math)
+        if self.peaks != "dense":
+            raise InputError("its peaks are sparse ones; write the dense peaks, which are half")
+        ladder = [(n, peak) for n in _LADDER if (peak := self._peaks()[n]) is not None]
+        values = [peak for _, peak in ladder]
+        if values != sorted(values):
+            raise InputError(
+                "a narrower number format has a lower peak; write dense peaks of one kind"
+            )
+        wide = max((self._peaks()[n] or 0.0 for n in ("fp16", "bf16")), default=0.0)
+        steps = [(wide, "fp8"), (wide, "int8"), (self.peak_int8_flops_per_s or 0.0, "int4")]
+        for below, name in steps:
+            peak = self._peaks()[name] or 0.0  # type: ignore[index]
+            if below and peak > _LARGEST_STEP * below:
+                raise InputError(
+                    f"peak_{name}_flops_per_s {peak:g} is {peak / below:.3g} times the peak of "
+                    "the next wider format; write dense peaks, sparse ones are twice that"
+                )
+        for name in get_args(Math):
+            source = self.sources.get(f"peak_{name}_flops_per_s", "").casefold()
+            if any(w in source for w in _SPARSE) and not any(w in source for w in _MADE_DENSE):
+                raise InputError(
+                    f"the source of peak_{name}_flops_per_s speaks of a sparse figure; write the "
+                    "dense peak, half of it, and say so there"
+                )
+        per_joule = max(peak or 0.0 for peak in self._peaks().values()) / self.tdp_w
+        low, high = _OPERATIONS_PER_JOULE
+        if not low <= per_joule <= high:
+            raise InputError(
+                f"tdp_w {self.tdp_w:g} and the highest peak make {per_joule:.1e} operations per "
+                f"joule, outside {low:g} to {high:g}; give watts, and operations per second"
+            )
 
     def peak_flops_per_s(self, math: Math) -> float:
         """Return the dense peak of a number format.
@@ -234,12 +335,8 @@ def read_device(path: Path) -> Device:
         InputError: If it cannot be read or is not a device file, with what is wrong in it.
     """
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"it is larger than {MAX_FILE_BYTES} bytes")
-        data = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-            raise InputError(f'it does not say "schema": "{SCHEMA}"')
-        device: Device = _read(Device, data, "the device")
+        data = read_object(path, SCHEMA)
+        device: Device = read_as(Device, data, "the device", BOUNDS)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"The device file {path} cannot be read: {reason}.") from error
@@ -250,68 +347,14 @@ def read_device(path: Path) -> Device:
     return device
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"{twice!r} is written twice in one object")
-    return dict(pairs)
+def figures(part: Device | Stack | Kernel) -> dict[str, float]:
+    """Return the numbers of a device, stack or kernel by name: those that need a source."""
+    named = {f.name: getattr(part, f.name) for f in fields(part) if f.name in BOUNDS}
+    return {name: value for name, value in named.items() if value is not None}
 
 
-def _figures(device: Device) -> list[str]:
-    names = [f.name for f in fields(device) if f.name in _BOUNDS]
-    return [name for name in names if getattr(device, name) is not None]
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """Return ``value`` as ``kind``: a dataclass, a tuple or mapping of kinds, or a scalar."""
-    if isinstance(kind, types.UnionType):
-        inner = next(k for k in get_args(kind) if k is not types.NoneType)
-        return None if value is None else _read(inner, value, where)
-    origin = get_origin(kind)
-    if origin is tuple:
-        _expect(isinstance(value, list), where, value, "a list")
-        return tuple(_read(get_args(kind)[0], v, f"{where} {i}") for i, v in enumerate(value))
-    if origin is Mapping:
-        _expect(isinstance(value, dict), where, value, "an object")
-        return {key: _read(str, v, f"{where} of {key}") for key, v in value.items()}
-    if origin is Literal:
-        if value not in get_args(kind):
-            raise unknown(where, str(value), get_args(kind))
-        return value
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        _expect(number and -_LARGEST < value < _LARGEST, where, value, "a finite number")
-        return float(value)
-    if kind in (int, bool, str):
-        _expect(type(value) is kind, where, value, f"of type {kind.__name__}")
-        return value
-    _expect(isinstance(value, dict), where, value, "an object")
-    return kind(**_read_members(kind, value, where))
-
-
-def _read_members(kind: Any, value: dict[str, Any], where: str) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    for name in value:
-        if name not in hints:
-            raise unknown(f"name in {where}", name, hints)
-    members = {}
-    for member in fields(kind):
-        if member.name not in value:
-            if member.default is MISSING:
-                raise InputError(f"{where} has no {member.name}; add it")
-            continue
-        got = _read(hints[member.name], value[member.name], f"{where}'s {member.name}")
-        low, high = _BOUNDS.get(member.name, (-math.inf, math.inf))
-        if isinstance(got, int | float) and not low <= got <= high:
-            raise InputError(
-                f"{where}'s {member.name} is {got:g}, outside {low:g} to {high:g}; give it in the "
-                "unit of its name"
-            )
-        members[member.name] = got
-    return members
-
-
-def _expect(holds: bool, where: str, value: Any, wanted: str) -> None:
-    if not holds:
-        raise InputError(f"{where} is {str(value)[:60]!r}; it must be {wanted}")
+def _known(names: Iterable[str], allowed: Iterable[str], what: str) -> None:
+    allowed = tuple(allowed)
+    for name in names:
+        if name not in allowed:
+            raise unknown(what, name, allowed)

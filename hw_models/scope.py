@@ -73,12 +73,8 @@ class Scope:
 
     def words(self) -> str:
         """Return the bounds as one clause."""
-        ranges = [
-            f for f in fields(self) if f.name != "devices" and getattr(self, f.name)[1] < _MOST
-        ]
-        said = [
-            f"{f.name} {getattr(self, f.name)[0]} to {getattr(self, f.name)[1]}" for f in ranges
-        ]
+        ranges = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "devices"}
+        said = [f"{n} {low} to {high}" for n, (low, high) in ranges.items() if high < _MOST]
         return ", ".join(said) or "every point of the file"
 
 

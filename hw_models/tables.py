@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.formats import Format, Menu
+from dmpq.formats import FULL_WIDTH, Format, Menu
 from dmpq.hw_models.base import Floats, Workload
 from dmpq.hw_models.device import Device, Stack
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
@@ -18,8 +18,6 @@ from dmpq.spec import ModelSpec, MoELayer
 
 BITS_PER_BYTE: Final = 8
 FLOPS_PER_WEIGHT: Final = 2
-CACHE_BYTES: Final = 2
-ACTIVATION_BYTES: Final = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,21 +99,22 @@ def build_tables(
     )
     bandwidth = device.bandwidth_bytes_per_s * np.array([k.memory_efficiency for k in kernels])
     ceilings = [k.dequantized_weights_per_s or np.inf for k in kernels]
-    speed = [k.compute_efficiency * device.peak_flops_per_s(k.math) for k in kernels]
-    traffic = _per_layer(spec, _as_run(stack, menu), menu)
+    speed = [k.compute_efficiency * device.peak_flops_per_s(k.math) / k.passes for k in kernels]
+    read_as = [widened(f, k.bits) for f, k in zip(menu.formats, kernels, strict=True)]
+    traffic = _per_layer(spec, read_as, menu)
     flops = weights * FLOPS_PER_WEIGHT
     resident = _Resident(device, stack, spec, workload)
     return Tables(
         base=spec.layer_of_expert * len(menu),
         active=active_probability(selected, workload.tokens, balanced=balanced),
         rows=padded_rows(selected, workload.tokens, stack.tile_rows, balanced=balanced),
-        stored_bytes=_per_layer(spec, menu.formats, menu),
+        stored_bytes=_per_layer(spec, stored_formats(stack, menu), menu),
         traffic_bytes=traffic,
         memory_s=traffic / bandwidth,
         unpack_s=weights[:, :, None] / np.array(ceilings),
         flops_per_row=flops,
         row_s=flops[:, :, None] / np.array(speed),
-        launch_s=np.array([k.launch_s for k in kernels]) / 2,
+        launch_s=np.array([k.launch_s * k.passes for k in kernels]) / 2,
         activations_s=resident.activations_s(),
         attention_s=resident.attention_s(),
         head_s=resident.head_s(),
@@ -130,16 +129,15 @@ def build_tables(
     )
 
 
-def _as_run(stack: Stack, menu: Menu) -> list[Format]:
-    """Return the format that each format is read as: its own, or the one its kernel takes."""
-    widths = [stack.kernel(f.bits).bits for f in menu.formats]
-    return [
-        f if width == f.bits else _widened(f, width)
-        for f, width in zip(menu.formats, widths, strict=True)
-    ]
+def stored_formats(stack: Stack, menu: Menu) -> list[Format]:
+    """Return the format that each format of the menu is stored in: its own, or a wider one."""
+    return [widened(f, stack.stored_width(f.bits)) for f in menu.formats]
 
 
-def _widened(fmt: Format, bits: int) -> Format:
+def widened(fmt: Format, bits: int) -> Format:
+    """Return a format whose codes take ``bits`` each, its groups as they are."""
+    if bits == fmt.bits:
+        return fmt
     wide = Format(bits)
     return wide if wide.is_full else Format(bits, fmt.group_size)
 
@@ -159,12 +157,22 @@ def _per_layer(spec: ModelSpec, formats: Sequence[Format], menu: Menu) -> Floats
 
 @dataclass(frozen=True)
 class _Resident:
-    """The part of a step that no bit map changes, at the checkpoint's own precision."""
+    """The part of a step that no bit map changes, at the stack's resident width."""
 
     device: Device
     stack: Stack
     spec: ModelSpec
     workload: Workload
+
+    @property
+    def _weight_bytes(self) -> float:
+        own = self.spec.dtype_bytes
+        return own if self.stack.resident_bits == FULL_WIDTH else min(own, self._value_bytes)
+
+    @property
+    def _value_bytes(self) -> float:
+        """Bytes of a cached or passed value: 2, or what the device's arithmetic takes."""
+        return self.stack.resident_bits / BITS_PER_BYTE
 
     def _weights(self) -> Floats:
         """Weights per layer: attention, with router and shared experts or a dense block."""
@@ -177,15 +185,15 @@ class _Resident:
     def layer_bytes(self) -> Floats:
         """Bytes moved per layer: weights and KV cache."""
         cache = self.workload.batch * self.workload.context * self.spec.cache_values_per_token
-        return self._weights() * self.spec.dtype_bytes + cache * CACHE_BYTES
+        return self._weights() * self._weight_bytes + cache * self._value_bytes
 
-    def activation_bytes(self) -> int:
+    def activation_bytes(self) -> float:
         """Bytes of the routed experts' activations, moved once, all layers."""
         return sum(self._activation_bytes(layer) for layer in self.spec.moe_layers)
 
-    def _activation_bytes(self, layer: MoELayer) -> int:
+    def _activation_bytes(self, layer: MoELayer) -> float:
         widths = 2 * layer.hidden_size + 3 * layer.intermediate_size
-        return self.workload.tokens * layer.top_k * widths * ACTIVATION_BYTES
+        return self.workload.tokens * layer.top_k * widths * self._value_bytes
 
     def layer_flops(self) -> Floats:
         """Operations per layer: weights, and scores over the context (half of it in prefill)."""
@@ -195,8 +203,8 @@ class _Resident:
         return FLOPS_PER_WEIGHT * work.tokens * self._weights() + scores
 
     @property
-    def head_bytes(self) -> int:
-        return self.spec.embedding_parameters * self.spec.dtype_bytes
+    def head_bytes(self) -> float:
+        return self.spec.embedding_parameters * self._weight_bytes
 
     @property
     def head_flops(self) -> int:
@@ -205,7 +213,7 @@ class _Resident:
 
     def _time(self, moved: Floats, flops: Floats) -> float:
         stack, bandwidth = self.stack, self._bandwidth
-        peak = self.device.peak_flops_per_s(stack.kernel(16).math)
+        peak = self.device.peak_flops_per_s(stack.kernel(stack.resident_bits).math)
         speed = peak * stack.dense_compute_efficiency
         return float(power_mean(moved / bandwidth, flops / speed).sum())
 
@@ -226,4 +234,5 @@ class _Resident:
         spec, work = self.spec, self.workload
         cache = work.batch * work.context * spec.cache_values_per_token * spec.num_layers
         activations = max(self._activation_bytes(layer) for layer in spec.moe_layers)
-        return float(spec.other_parameters * spec.dtype_bytes + cache * CACHE_BYTES + activations)
+        weights = spec.other_parameters * self._weight_bytes
+        return float(weights + cache * self._value_bytes + activations)

@@ -26,6 +26,15 @@ class TestShipped(HardwareModelContract):
     def make_model(self):
         return load_hardware(self.hardware)
 
+    def test_memory_differs_by_exactly_the_stored_bits(self):
+        """Those on the device, which may store a width as a wider one."""
+        model, maps = self.make_model(), self._maps(OLMOE.num_experts)
+        stored = model.stored_bits(OLMOE, MENU)
+        assert (stored >= OLMOE.stored_bits(MENU)).all()
+        expected = stored.sum(axis=1)[np.arange(OLMOE.num_experts), maps].sum(axis=1) / 8
+        memory = model.cost(OLMOE, MENU, maps, Workload()).memory_bytes
+        np.testing.assert_allclose(memory - memory[0], expected - expected[0], atol=1)
+
 
 def uniform(key):
     return np.full((1, OLMOE.num_experts), MENU.index(key))

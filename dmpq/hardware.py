@@ -1,0 +1,56 @@
+"""``python -m dmpq.hardware``: which devices there are, and where their figures come from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from dmpq import hardware_tables
+from dmpq.console import INTERRUPTED, CommandParser, plain_console, refuse
+from dmpq.errors import InputError, first_line
+
+AddParser = Callable[[Any], None]
+
+_COMMANDS: Final[tuple[AddParser, ...]] = (
+    hardware_tables.add_list_parser,
+    hardware_tables.add_show_parser,
+)
+"""Each adds a subcommand: ``subparsers.add_parser(...)``, with ``set_defaults(run=f)``, where
+``f(arguments, console)`` returns the exit code."""
+
+_EXAMPLES: Final = """examples:
+  python -m dmpq.hardware list
+  python -m dmpq.hardware show a100/sglang
+  python -m dmpq.hardware show my-device.json --json
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 2 on bad input."""
+    parser = CommandParser(
+        prog="python -m dmpq.hardware",
+        description="Devices that costs can be computed for, and where their figures come from.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in _COMMANDS:
+        add(subparsers)
+    arguments = parser.parse_args(argv)
+    console = plain_console(stderr=getattr(arguments, "json", False))
+    try:
+        code: int = arguments.run(arguments, console)
+    except InputError as error:
+        return refuse(error)
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,7 +25,7 @@ from dmpq.formats import Menu
 from dmpq.hw_models import AnalyticalModel, Workload, list_hardware
 from dmpq.hw_models.base import Floats
 from dmpq.hw_models.calibrated_file import file_bytes, percent, updated
-from dmpq.hw_models.calibration import BOUNDS, TILES, predict
+from dmpq.hw_models.calibration import BOUNDS, LAYER_TILES, MATRIX_TILES, predict
 from dmpq.hw_models.calibration_errors import Calibration, calibrate, ordering
 from dmpq.hw_models.device import Device, read_device
 from dmpq.hw_models.points import Outside, Point, read_points
@@ -88,7 +88,8 @@ def report(
     found: list[Calibration], outside: list[Outside], few: list[Point], scope: Scope
 ) -> str:
     """Return the report, Markdown."""
-    lines = [_HEAD.format(prompt=PROMPT_TOKENS, tiles=", ".join(map(str, sorted(TILES)))), ""]
+    tiles = {"layers": _words(LAYER_TILES), "matrices": _words(MATRIX_TILES)}
+    lines = [_HEAD.format(prompt=PROMPT_TOKENS, **tiles), ""]
     lines += [f"Scope ([scope.json](../benchmarks/points/scope.json)): {scope.words()}.", ""]
     lines += ["## Errors", "", *_errors_table(found), "", *_summary(found), ""]
     lines += ["## Ordering on each device", "", *_orders(found), ""]
@@ -113,9 +114,10 @@ points of one device, stack, model and token count; a group of speed-ups holds t
 What was assumed: prompts of {prompt} tokens where a source states none (context is that plus half
 the mean output); uniform routing in whole models, balanced routing in MoE layers; files quantized
 throughout (llama.cpp, gpt-fast) keep 1 byte per weight outside the experts. Qwen3-Coder-30B-A3B
-has Qwen3-30B-A3B's geometry and is left out together with it. Tile rows are the best of {tiles} on
-the training points. The rule about caches below and the terms of the model were chosen with these
-points in view; only the left-out models are unseen by the figures, not by the model's author."""
+has Qwen3-30B-A3B's geometry and is left out together with it. Tile rows are the best of {layers}
+(layers) or {matrices} (speed-ups) on the training points. The rule about caches below and the
+terms of the model were chosen with these points in view, and the scope file was written after a
+first look at them: only the left-out models are unseen by the figures, not by the author."""
 
 
 def _errors_table(found: list[Calibration]) -> list[str]:
@@ -271,7 +273,7 @@ def _layer_sign(
         said.append(float(c.predicted[at[16]] / c.predicted[at[bits]]))
     verb = "loses to" if lose else "beats"
     return (
-        f"{name}: {bits}-bit MoE layers {verb} 16-bit ones at {tokens} tokens",
+        f"{name}: {bits}-bit MoE layer {verb} the 16-bit one at {tokens} tokens",
         _range(real, "x"),
         _range(said, "x"),
         all((s < 1) == lose for s in said),
@@ -406,6 +408,10 @@ def _bold(c: Calibration) -> str:
 
 def _tau(order: Any) -> str:
     return "" if order is None else f"{order.tau:.2f} ({order.groups})"
+
+
+def _words(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _share(errors: Floats) -> str:

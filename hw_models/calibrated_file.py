@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from dmpq.formats import FULL_WIDTH
 from dmpq.hw_models.calibration_errors import Calibration, Errors
 
 _KERNEL_FIGURES: Final = (
@@ -40,23 +41,26 @@ def updated(data: dict[str, Any], calibration: Calibration, *, origin: str) -> d
     stacks: list[dict[str, Any]] = data["stacks"]
     entry = next((s for s in stacks if s["name"] == stack.name), None)
     if entry is None:
-        entry = asdict(stack)
+        entry = {**asdict(stack), "kernels": [], "assumed": [*_STEP_FIGURES, "tile_rows"]}
         stacks.append(entry)
     known = {kernel["bits"]: kernel for kernel in entry["kernels"]}
+    own: dict[int, list[str]] = {}
     said = describe(calibration, origin=origin)
     for kernel in stack.kernels:
         new = asdict(kernel)
         names = [n.split(".")[2] for n in stack.fitted if n.startswith(f"kernels.{kernel.bits}.")]
         old = known.setdefault(kernel.bits, {**new, "assumed": list(_KERNEL_FIGURES)})
         if not names:
+            _no_longer_assumed(old, ())
             continue
+        own[kernel.bits] = names
         old |= {figure: new[figure] for figure in _KERNEL_FIGURES}
         held = [f for f in _KERNEL_FIGURES if f not in names and new[f] is not None]
         old["source"] = f"{', '.join(names)}: {said}" + (
             f"; {', '.join(held)}: held, as for 16 bits or before" if held else ""
         )
         _no_longer_assumed(old, names)
-    _follow(known)
+    _follow(known, own)
     entry["kernels"] = [known[bits] for bits in sorted(known)]
     entry["tile_rows"] = stack.tile_rows
     outer = [name for name in _STEP_FIGURES if name in fitted]
@@ -120,12 +124,13 @@ def only(data: dict[str, Any], stacks: Sequence[str]) -> dict[str, Any]:
     return data
 
 
-def _follow(kernels: dict[int, dict[str, Any]]) -> None:
-    """Give a kernel that is assumed as for another width that width's figures anew."""
-    for kernel in kernels.values():
+def _follow(kernels: dict[int, dict[str, Any]], fitted: Mapping[int, Sequence[str]]) -> None:
+    """Give a narrow kernel that is assumed as for another width that width's fitted figures."""
+    for bits, kernel in kernels.items():
         like = re.match(r"assumed:? as for (\d+) bits", kernel["source"])
-        if like and int(like[1]) in kernels:
-            kernel |= {figure: kernels[int(like[1])][figure] for figure in _KERNEL_FIGURES}
+        if like and bits != FULL_WIDTH and int(like[1]) in fitted:
+            width = int(like[1])
+            kernel |= {figure: kernels[width][figure] for figure in fitted[width]}
 
 
 def _no_longer_assumed(entry: dict[str, Any], names: Sequence[str]) -> None:

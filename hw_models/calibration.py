@@ -23,8 +23,10 @@ from dmpq.hw_models.points import Point, geometry, layer_alone, matrix_shape
 from dmpq.hw_models.tables import build_tables
 from dmpq.spec import ModelSpec, MoELayer
 
-TILES: Final = (16, 1, 64)
-"""Candidates; the one of least loss on the points fitted is taken."""
+LAYER_TILES: Final = (16, 64, 128)
+MATRIX_TILES: Final = (1, 16, 64)
+"""Candidates; the one of least loss on the points fitted is taken. Grouped kernels of MoE layers
+pad to whole tiles; stacks of single products have a kernel for few rows that pads nothing."""
 BOUNDS: Final = {
     "memory_efficiency": (0.05, 1.0),
     "compute_efficiency": (0.01, 1.0),
@@ -53,6 +55,7 @@ STARTS: Final = {
 _FEWEST: Final = 3
 _UNPACKED_AT: Final = 8
 _DIGITS: Final = 4
+_TOLERANCE: Final = 1e-7
 _LAYER_FIGURES: Final = ("memory_efficiency", "compute_efficiency", "launch_s")
 _STEP_FIGURES: Final = (
     "dense_memory_efficiency",
@@ -103,6 +106,11 @@ def predict(device: Device, stack: Stack, points: Sequence[Point]) -> Floats:
 def predict_power(device: Device, stack: Stack, points: Sequence[Point]) -> Floats:
     """Return the mean power of steps, watts, shape (n,)."""
     return np.array([_predicted(device, _relevant(stack, p), p)[1] for p in points])
+
+
+def with_power(device: Device, power: Power) -> Device:
+    """Return the device with fitted power."""
+    return replace(device, power=power, sources={**device.sources, "power": "fitted"})
 
 
 def faster_than_memory(device: Device, point: Point) -> bool:
@@ -243,8 +251,12 @@ def _fit(device: Device, stack: Stack, points: Sequence[Point], wanted: Sequence
     borrowed = _borrowed(stack, points, wanted)
     names = [name for name in wanted if name not in borrowed]
     measured = np.log([p.value for p in points])
-    told = any(p.kind in ("moe_layer", "speedup") for p in points)
-    tiles = TILES if told else (stack.tile_rows,)
+    kinds = {p.kind for p in points}
+    tiles: tuple[int, ...] = (stack.tile_rows,)
+    if "moe_layer" in kinds:
+        tiles = LAYER_TILES
+    elif "speedup" in kinds:
+        tiles = MATRIX_TILES
     tries = []
     for tile_rows in tiles:
         tiled = _untold(replace(stack, tile_rows=tile_rows), names, points)
@@ -263,7 +275,7 @@ def _fit(device: Device, stack: Stack, points: Sequence[Point], wanted: Sequence
     fitted = replace(_with(known, lent), fitted=tuple(names))
     power, watts = _fit_power(device, fitted, points)
     return Fit(
-        device=replace(device, power=power) if power else device,
+        device=with_power(device, power) if power else device,
         stack=fitted,
         estimates=(*_estimates(figures), *watts),
         points=len(points),
@@ -322,7 +334,7 @@ def _fit_power(
     measured = np.log([p.power_w for p in told if p.power_w is not None])
 
     def errors(figures: Floats) -> Floats:
-        there = replace(device, power=Power(*(float(f) for f in figures)))
+        there = with_power(device, Power(*(float(f) for f in figures)))
         return np.log(predict_power(there, stack, told)) - measured
 
     starts = [0.4 * device.tdp_w, 0.3 * device.tdp_w, device.tdp_w]
@@ -341,7 +353,12 @@ def _least_squares(
 
     low, high = np.log(bounds).T
     result = least_squares(
-        lambda logs: errors(np.exp(logs)), np.log(starts), bounds=(low, high), x_scale=1.0
+        lambda logs: errors(np.exp(logs)),
+        np.log(starts),
+        bounds=(low, high),
+        ftol=_TOLERANCE,
+        xtol=_TOLERANCE,
+        gtol=_TOLERANCE,
     )
     return np.exp(result.x), float(result.cost)
 
@@ -379,7 +396,8 @@ def _relevant(stack: Stack, point: Point) -> Stack:
     widths = {point.precision.bits, FULL_WIDTH}
     kernels = {k.bits: replace(k, source="") for k in map(stack.kernel, widths)}
     alone = point.kind in ("moe_layer", "speedup")
-    part = replace(stack, name="", source="", fitted=(), kernels=tuple(kernels.values()))
+    rising = tuple(kernels[bits] for bits in sorted(kernels))
+    part = replace(stack, name="", source="", fitted=(), kernels=rising)
     return replace(part, layer_s=0.0, sequence_s=0.0, step_s=0.0) if alone else part
 
 

@@ -145,7 +145,7 @@ def ordering(points: Sequence[Point], predicted: Floats) -> Ordering | None:
     for point, value in zip(points, predicted, strict=True):
         key = point.device, point.kind == "speedup", point.model, point.batch, point.context
         together[key].append((point.value, float(value)))
-    total = pairs = groups = 0
+    total, pairs, groups = 0.0, 0, 0
     for key, values in together.items():
         reference = [(1.0, 1.0)] if key[1] else []
         real, said = zip(*values, *reference, strict=True)

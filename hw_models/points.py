@@ -197,12 +197,15 @@ def read_points(path: str | Path) -> tuple[list[Point], list[Outside]]:
         raise InputError(f"The points file {path} has no row; give at least one point.")
     points: list[Point] = []
     outside: list[Outside] = []
-    for number, row in enumerate(table.to_dict("records"), start=2):
+    rows: list[dict[str, Any]] = [
+        dict(zip(table.columns, v, strict=True)) for v in table.to_numpy()
+    ]
+    for line, row in enumerate(rows, start=2):
         try:
-            got = layouts[columns](row, f"line {number}")
+            got = layouts[columns](row, f"line {line}")
         except InputError as error:
             raise InputError(
-                f"The points file {path}, line {number}: {str(error).rstrip('.')}."
+                f"The points file {path}, line {line}: {str(error).rstrip('.')}."
             ) from error
         points += [got] if isinstance(got, Point) else []
         outside += [got] if isinstance(got, Outside) else []

@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         _show_outside(outside, console)
     if arguments.out is not None:
         origin = f"{arguments.points.name} (scope: {scope.words()})"
-        name = found[0].fit.device.name
-        data = updated(_content(name), found[0], origin=origin)
+        content = _content(found[0].points[0].device)
+        data = updated(content, found[0], origin=origin)
         replace_atomically(arguments.out, file_bytes(only(data, [found[0].fit.stack.name])))
         if not arguments.json:
             console.print(f"  wrote {arguments.out}")
@@ -179,10 +179,11 @@ def _device(name: str) -> Any:
 
 
 def _content(name: str) -> dict[str, Any]:
-    """Return the JSON object of a shipped device file."""
+    """Return the JSON object of a device file that has been read before: shipped, or a path."""
     from importlib import resources
 
-    file = resources.files("dmpq.hw_models") / f"{name}.json"
+    shipped = resources.files("dmpq.hw_models") / f"{name}.json"
+    file = Path(name) if name.endswith(".json") else shipped
     content: dict[str, Any] = json.loads(file.read_text("utf-8"))
     return content
 

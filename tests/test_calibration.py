@@ -345,6 +345,17 @@ def test_the_command_prints_and_writes_the_same_bytes_twice(tmp_path, capsys, mo
 
 
 @pytest.mark.usefixtures("one_tile")
+def test_a_users_own_device_file_is_fitted(tmp_path):
+    own, out = tmp_path / "own.json", tmp_path / "out.json"
+    content = json.loads((FILES / "a100.json").read_text("utf-8"))
+    own.write_bytes(file_bytes({**content, "name": "own"}))
+    points = [replace(p, device=str(own)) for p in measured(layers(("bf16",)))]
+    name = f"{own}/mine"
+    assert _run(_csv(tmp_path / "p.csv", points), "--device", name, "--out", out) == 0
+    assert load_hardware(str(out)).name == "own"
+
+
+@pytest.mark.usefixtures("one_tile")
 def test_the_command_prints_json(tmp_path, capsys):
     points = _csv(tmp_path / "points.csv", measured(layers()))
     assert _run(points, "--json") == 0

@@ -48,6 +48,7 @@ class Breakdown:
     Attributes:
         experts_s: (K, L), the routed experts' products, without launches.
         launches_s: (K, L), their launches: one per projection and format present.
+        activations_s: Moving the routed experts' activations, all layers.
         attention_s: Attention, routers, shared experts and dense blocks of all layers.
         head_s: The output head.
         overhead_s: Fixed overhead per layer, step and sequence.
@@ -60,6 +61,7 @@ class Breakdown:
 
     experts_s: Floats
     launches_s: Floats
+    activations_s: float
     attention_s: float
     head_s: float
     overhead_s: float
@@ -72,7 +74,7 @@ class Breakdown:
     @property
     def latency_s(self) -> Floats:
         """Time of a step, shape (K,)."""
-        fixed = self.attention_s + self.head_s + self.overhead_s
+        fixed = self.activations_s + self.attention_s + self.head_s + self.overhead_s
         total: Floats = (self.experts_s + self.launches_s).sum(axis=1) + fixed
         return total
 
@@ -84,11 +86,14 @@ class AnalyticalModel:
     Attributes:
         facts: The device.
         kernels: One of its kernel stacks.
+        balanced: Whether the tokens of a step share the experts out evenly, as the benchmarks of
+            MoE kernels draw them, instead of choosing independently.
     """
 
     facts: Device
     kernels: Stack
     deterministic: bool = True
+    balanced: bool = False
 
     @property
     def name(self) -> str:
@@ -107,8 +112,8 @@ class AnalyticalModel:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the figures were fitted on this very device."""
-        return self.facts.calibrated
+        """Whether the experts' kernels were fitted to measured points of this very device."""
+        return self.facts.calibrated or self.kernels.calibrated
 
     @property
     def source(self) -> str:
@@ -182,6 +187,7 @@ class AnalyticalModel:
         result = Breakdown(
             experts_s=experts_s,
             launches_s=launches_s,
+            activations_s=tables.activations_s,
             attention_s=tables.attention_s,
             head_s=tables.head_s,
             overhead_s=tables.overhead_s,
@@ -279,7 +285,7 @@ class AnalyticalModel:
         inclusion: NDArray[np.floating] | None,
     ) -> Tables:
         key = None if inclusion is None else np.asarray(inclusion, np.float64).tobytes()
-        return build_tables(self.facts, self.kernels, spec, menu, workload, key)
+        return build_tables(self.facts, self.kernels, spec, menu, workload, key, self.balanced)
 
     def _power_w(self, parts: Breakdown) -> Floats | float:
         """Return mean power, watts: fitted where the file has a fit, else a share of TDP."""

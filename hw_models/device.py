@@ -115,6 +115,9 @@ class Stack:
             head, KV cache, activations): 16 for the checkpoint's own precision, 8 on a device
             that has no wider arithmetic.
         assumed: Those of the figures above that nobody has published.
+        calibrated: Whether every kernel was fitted to points measured on this very device, of two
+            models or more, so that the error on a model not fitted is known.
+        fitted: Figures that were fitted, for example ``"kernels.4.launch_s"``.
     """
 
     name: str
@@ -129,6 +132,8 @@ class Stack:
     stored_widths: tuple[int, ...] = WIDTHS
     resident_bits: int = FULL_WIDTH
     assumed: tuple[str, ...] = ()
+    calibrated: bool = False
+    fitted: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         widths = [kernel.bits for kernel in self.kernels]

@@ -37,24 +37,30 @@ def inclusion_probabilities(spec: ModelSpec, inclusion: NDArray[np.floating] | N
     return given
 
 
-def active_probability(inclusion: Floats, tokens: int) -> Floats:
+def active_probability(inclusion: Floats, tokens: int, *, balanced: bool = False) -> Floats:
     """Return the probability that at least one of ``tokens`` selects each expert, shape (N,).
 
     ``q = 1 - (1 - p)^T``, exact for independent tokens; the sum over a layer is its expected
     number of distinct experts, on which the traffic of decoding depends (OEA, arXiv 2511.02237).
+    ``balanced`` tokens, as kernel benchmarks draw them, avoid each other: ``q = min(1, T p)``.
     """
+    if balanced:
+        apart: Floats = np.minimum(1.0, tokens * inclusion)
+        return apart
     with np.errstate(divide="ignore"):
         active: Floats = -np.expm1(tokens * np.log1p(-inclusion))
     return active
 
 
-def padded_rows(inclusion: Floats, tokens: int, tile_rows: int) -> Floats:
+def padded_rows(
+    inclusion: Floats, tokens: int, tile_rows: int, *, balanced: bool = False
+) -> Floats:
     """Return the expected rows computed for each expert, shape (N,).
 
     An active expert's ``T p / q`` tokens are padded to whole tiles, as grouped GEMM kernels do
     (vLLM's ``moe_align_block_size``).
     """
-    active = active_probability(inclusion, tokens)
+    active = active_probability(inclusion, tokens, balanced=balanced)
     rows = np.divide(tokens * inclusion, active, out=np.zeros_like(active), where=active > 0)
     padded: Floats = active * tile_rows * np.ceil(rows / tile_rows - _ROUNDING)
     return padded

@@ -35,6 +35,8 @@ class Tables:
         flops_per_row: (L, 2), operations per row.
         row_s: (L, 2, B), time to compute one row.
         launch_s: (B,), half of a layer's launch: that of one projection.
+        activations_s: Time to move what goes into and out of the routed experts, all layers: its
+            kernels (activation function, gather, weighted sum) stand between the products.
         attention_s: Time outside routed experts and head, all layers.
         head_s: Time of the head.
         overhead_s: Fixed time.
@@ -53,6 +55,7 @@ class Tables:
     flops_per_row: Floats
     row_s: Floats
     launch_s: Floats
+    activations_s: float
     attention_s: float
     head_s: float
     overhead_s: float
@@ -80,6 +83,7 @@ def build_tables(
     menu: Menu,
     workload: Workload,
     inclusion: bytes | None,
+    balanced: bool = False,
 ) -> Tables:
     """Return the tables; ``inclusion`` is the float64 array's bytes, so that it can be a key.
 
@@ -102,8 +106,8 @@ def build_tables(
     resident = _Resident(device, stack, spec, workload)
     return Tables(
         base=spec.layer_of_expert * len(menu),
-        active=active_probability(selected, workload.tokens),
-        rows=padded_rows(selected, workload.tokens, stack.tile_rows),
+        active=active_probability(selected, workload.tokens, balanced=balanced),
+        rows=padded_rows(selected, workload.tokens, stack.tile_rows, balanced=balanced),
         stored_bytes=_per_layer(spec, stored_formats(stack, menu), menu),
         traffic_bytes=traffic,
         memory_s=traffic / bandwidth,
@@ -111,12 +115,15 @@ def build_tables(
         flops_per_row=flops,
         row_s=flops[:, :, None] / np.array(speed),
         launch_s=np.array([k.launch_s * k.passes for k in kernels]) / 2,
+        activations_s=resident.activations_s(),
         attention_s=resident.attention_s(),
         head_s=resident.head_s(),
         overhead_s=(
             spec.num_layers * stack.layer_s + stack.step_s + workload.batch * stack.sequence_s
         ),
-        resident_traffic_bytes=resident.layer_bytes().sum() + resident.head_bytes,
+        resident_traffic_bytes=(
+            resident.layer_bytes().sum() + resident.activation_bytes() + resident.head_bytes
+        ),
         resident_flops=resident.layer_flops().sum() + resident.head_flops,
         resident_bytes=resident.memory_bytes(),
     )
@@ -176,12 +183,13 @@ class _Resident:
         return np.array(blocks, dtype=np.float64) + spec.attention_parameters_per_layer
 
     def layer_bytes(self) -> Floats:
-        """Bytes moved per layer: weights, KV cache, activations of the routed experts."""
+        """Bytes moved per layer: weights and KV cache."""
         cache = self.workload.batch * self.workload.context * self.spec.cache_values_per_token
-        moved = self._weights() * self._weight_bytes + cache * self._value_bytes
-        activations = [self._activation_bytes(layer) for layer in self.spec.moe_layers]
-        moved[: len(activations)] += activations
-        return moved
+        return self._weights() * self._weight_bytes + cache * self._value_bytes
+
+    def activation_bytes(self) -> float:
+        """Bytes of the routed experts' activations, moved once, all layers."""
+        return sum(self._activation_bytes(layer) for layer in self.spec.moe_layers)
 
     def _activation_bytes(self, layer: MoELayer) -> float:
         widths = 2 * layer.hidden_size + 3 * layer.intermediate_size
@@ -204,11 +212,17 @@ class _Resident:
         return FLOPS_PER_WEIGHT * self.workload.batch * self.spec.embedding_parameters
 
     def _time(self, moved: Floats, flops: Floats) -> float:
-        stack = self.stack
-        bandwidth = self.device.bandwidth_bytes_per_s * stack.dense_memory_efficiency
+        stack, bandwidth = self.stack, self._bandwidth
         peak = self.device.peak_flops_per_s(stack.kernel(stack.resident_bits).math)
         speed = peak * stack.dense_compute_efficiency
         return float(power_mean(moved / bandwidth, flops / speed).sum())
+
+    @property
+    def _bandwidth(self) -> float:
+        return self.device.bandwidth_bytes_per_s * self.stack.dense_memory_efficiency
+
+    def activations_s(self) -> float:
+        return self.activation_bytes() / self._bandwidth
 
     def attention_s(self) -> float:
         return self._time(self.layer_bytes(), self.layer_flops())

@@ -76,7 +76,7 @@ def run_list(arguments: argparse.Namespace, console: Console) -> int:
             f"{one['peak_per_s'] / 1e12:.4g}{'' if one['peak_math'] != 'int8' else '*'}",
             f"{device.tdp_w:g}",
             ", ".join(one["stacks"]),
-            "yes" if device.calibrated else "no",
+            ", ".join(one["calibrated_stacks"]) or "-",
         )
     console.print(table)
     console.print(
@@ -103,7 +103,7 @@ def run_show(arguments: argparse.Namespace, console: Console) -> int:
         _say(console, f"also {', '.join(others)}")
     if device.note is not None:
         _say(console, f"note: {device.note}")
-    _say(console, f"{'calibrated' if device.calibrated else 'not calibrated'}; peaks are dense")
+    _say(console, "peaks are dense")
     figures = {name: _shown(name, value) for name, value in device.figures().items()}
     _print_figures(device, figures, console)
     for stack in stacks:
@@ -150,7 +150,8 @@ def _print_figures(facts: Device | Accelerator, shown: dict[str, str], console: 
 def _print_stack(device: Device, stack: Stack, console: Console) -> None:
     all_assumed = f"stacks.{stack.name}" in device.assumed
     default = ", the default" if stack is device.stacks[0] else ""
-    console.print(f"\nstack {device.name}/{stack.name}{default}", style="bold")
+    fitted = "calibrated" if _calibrated(device, stack) else "not calibrated"
+    console.print(f"\nstack {device.name}/{stack.name}{default}, {fitted}", style="bold")
     own = figures(stack)
     assumed = tuple(own) if all_assumed else stack.assumed
     _say(console, f"{'assumed: ' if all_assumed else ''}{stack.source}")
@@ -175,6 +176,10 @@ def _print_stack(device: Device, stack: Stack, console: Console) -> None:
         _say(console, f"{kernel.bits} bits: {kernel.source}")
     for note in AnalyticalModel(device, stack).unsupported(_MENU):
         _say(console, f"note: {note}")
+
+
+def _calibrated(device: Device, stack: Stack) -> bool:
+    return AnalyticalModel(device, stack).calibrated
 
 
 def _say(console: Console, text: str) -> None:
@@ -230,7 +235,7 @@ def _summary(device: Device) -> dict[str, Any]:
         "peak_per_s": peaks[math],
         "tdp_w": device.tdp_w,
         "stacks": [stack.name for stack in device.stacks],
-        "calibrated": device.calibrated,
+        "calibrated_stacks": [s.name for s in device.stacks if _calibrated(device, s)],
         "assumed": list(device.assumed),
     }
 
@@ -253,7 +258,6 @@ def _document(device: Device, stacks: tuple[Stack, ...]) -> dict[str, Any]:
         "description": device.description,
         "note": device.note,
         "aliases": [alias for alias, known in ALIASES.items() if known == device.name],
-        "calibrated": device.calibrated,
         "figures": shown(device.figures()),
         "stacks": {stack.name: _stack_document(device, stack) for stack in stacks},
     }
@@ -270,6 +274,7 @@ def _stack_document(device: Device, stack: Stack) -> dict[str, Any]:
     kernels = {kernel.bits: kernel for kernel in stack.kernels}
     return {
         **shown(stack),
+        "calibrated": _calibrated(device, stack),
         "kernels": {b: {"math": k.math, **shown(k)} for b, k in kernels.items()},
         "widths": {
             width: {

@@ -102,7 +102,6 @@ def token_s(kernel, device, *, weights, stored_bytes):
     ("hardware", "bits", "weights", "gigabytes", "layers", "tokens_per_s"),
     [
         # Mixtral-8x7B activates 12.9 of 46.7 G weights; GiB are the files' (llama.cpp PR 4406).
-        ("m2-max/llama.cpp", 2, 12.9e9, 14.57 * 1.0737 * 12.9 / 46.7, 32, 39.89),
         ("m2-max/llama.cpp", 3, 12.9e9, 18.96 * 1.0737 * 12.9 / 46.7, 32, 28.35),
         ("m2-max/llama.cpp", 4, 12.9e9, 24.62 * 1.0737 * 12.9 / 46.7, 32, 36.66),
         ("m2-max/llama.cpp", 8, 12.9e9, 46.22 * 1.0737 * 12.9 / 46.7, 32, 22.87),

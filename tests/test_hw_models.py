@@ -62,6 +62,8 @@ def test_latency_matches_the_formula_written_out():
     maps = rng.integers(0, 5, (1, OLMOE.num_experts))
     parts = model.breakdown(OLMOE, MENU, maps, workload)
     active = 1 - (1 - 8 / 64) ** 4
+    tile = model.kernels.tile_rows
+    rows = tile * np.ceil(4 * 8 / 64 / active / tile)
     stored = OLMOE.stored_bits(MENU)[0] / 8
     for layer in (0, 7):
         chosen = maps[0, layer * 64 : (layer + 1) * 64]
@@ -73,7 +75,7 @@ def test_latency_matches_the_formula_written_out():
                 count = (chosen == b).sum()
                 woken, weights = count * active, np.prod(shape)
                 memory = woken * stored[p, read_as] / (kernel.memory_efficiency * 2039e9)
-                compute = woken * 16 * 2 * weights / (kernel.compute_efficiency * 312e12)
+                compute = woken * rows * 2 * weights / (kernel.compute_efficiency * 312e12)
                 unpack = woken * weights / (kernel.dequantized_weights_per_s or np.inf)
                 experts += (memory**4 + compute**4 + unpack**4) ** 0.25
                 launches += kernel.launch_s / 2
@@ -154,7 +156,7 @@ def test_power_is_a_share_of_tdp_or_fitted_within_limits():
     fitted = load_hardware("h100")
     light = fitted.breakdown(OLMOE, MENU, uniform("4"), Workload()).power_w[0]
     heavy = fitted.breakdown(OLMOE, MENU, uniform("16"), Workload("prefill", 16)).power_w[0]
-    assert 360 < light < heavy == 700
+    assert fitted.facts.power.base_w < light < heavy == 700
 
 
 def test_gemlite_ceiling_reproduces_the_published_speedups():

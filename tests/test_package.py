@@ -68,7 +68,7 @@ FLOORS = [
     {"envs", "session", "config"},
     {"agents"},
     {"testing", "report", "console", "guard", "run_folder", "search", "validate"}
-    | {"hardware", "hardware_measure", "hardware_tables"},
+    | {"hardware", "hardware_fit", "hardware_measure", "hardware_tables"},
 ]
 
 

@@ -35,6 +35,7 @@ from dmpq.evaluation import FAILURE_NATS
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Menu
 from dmpq.guard import BASELINES, UNIFORM, make_agent, run_agent
+from dmpq.hw_models import explainable
 from dmpq.run_folder import only_run_in, run_folder
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from dmpq.agents import Agent, Candidate, SearchResult
     from dmpq.bitmap import BitMap
+    from dmpq.hw_models import Explanation
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.problem import Problem
     from dmpq.profile import Profile
@@ -139,6 +141,8 @@ def search(config: SearchConfig, console: Console) -> str:
     with ExitStack() as alone:
         with progress_bars(console) as show:
             session = Session(config, progress=show)
+            if config.explain:
+                explainable(session.hardware)
             session.check()
             run = _Run(session, agent, run_folder(config), console)
             alone.enter_context(only_run_in(run.folder))
@@ -452,12 +456,19 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         "versions": _versions(),
         "python": platform.python_version(),
     }
+    explanation = _explanation(problem, result.assignment) if config.explain else None
+    if explanation is not None:
+        facts["explanation"] = explanation.to_json()
     text = report.write_summary(run.path("summary.json"), rows, facts)
     caption = (
         f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out "
         f"tokens;\nmemory, latency, energy {_cost_caption(session)}"
     )
     run.console.print(report.table(rows, caption=caption, best=rows[-1].name))
+    if explanation is not None:
+        from dmpq.hardware_explain import print_explanation
+
+        print_explanation(explanation, run.console, routing="measured")
     if failed:
         run.console.print(
             f"  {failed} maps had no finite loss; each counts as {FAILURE_NATS:g} nats per token"
@@ -470,6 +481,16 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         soft_wrap=True,
     )
     return text
+
+
+def _explanation(problem: Problem, assignment: NDArray[np.int64]) -> Explanation:
+    return explainable(problem.hardware).explain(
+        problem.cost_spec,
+        problem.menu,
+        problem.expand(assignment[None])[0],
+        problem.workload,
+        inclusion=problem.profile.frequency,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -164,6 +164,8 @@ def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
             evaluator=session.evaluator("search"),
             selector=session.evaluator("selection"),
         )
+        for note in problem.notes:
+            run.console.print(f"  note      {note}")
         try:
             result = _searched(run, problem)
             return problem, result, _rows(run, problem, result)
@@ -363,7 +365,7 @@ def _bitmap(
         menu=problem.menu,
         assignment=assignment_from(moe.spec, problem.menu, problem.expand(assignment[None])[0]),
         objective={"weights": asdict(problem.weights), "signal": "kl"},
-        constraints=asdict(problem.constraints),
+        constraints=asdict(problem.limits),
         hardware={
             "name": problem.hardware.name,
             "stack": problem.hardware.stack,
@@ -412,6 +414,8 @@ def _measured(row: Row) -> dict[str, dict[str, float | str]]:
 def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) -> str:
     """Write what the search found, draw it, and print the table."""
     from dmpq import report
+    from dmpq.limits import device_memory, usable_bytes
+    from dmpq.shadow_prices import said, shadow_prices
 
     config, session, row = run.config, run.session, rows[-1]
     bitmap = _bitmap(
@@ -435,7 +439,9 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         title=f"{row.name}: {row.effective_bits:.2f} effective bits, {problem.spec.name}",
     )
     report.save_figure(heat, run.path("bits.png"))
-    profile = problem.profile
+    profile, prices = problem.profile, shadow_prices(problem)
+    usable = usable_bytes(problem.hardware.capacity_bytes)
+    too_large = [one.name for one in rows if one.memory_bytes > usable]
     failed = sum(candidate.kl >= FAILURE_NATS for candidate in result.history)
     facts = {
         "config": asdict(config),
@@ -448,7 +454,9 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),
-        "constraints": asdict(problem.constraints),
+        "constraints": asdict(problem.limits),
+        "shadow_prices": {name: price.to_json() for name, price in prices.items()},
+        "do_not_fit": too_large,
         "failed_maps": failed,
         "tokens": {"profile": profile.cost_tokens, "search": result.tokens},
         "seconds": time.monotonic() - run.started,
@@ -464,7 +472,14 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out "
         f"tokens;\nmemory, latency, energy {_cost_caption(session)}"
     )
-    run.console.print(report.table(rows, caption=caption, best=rows[-1].name))
+    run.console.print(report.table(rows, caption=caption, best=rows[-1].name, marked=too_large))
+    if too_large:
+        run.console.print(
+            f"  * does not fit: {problem.hardware.name} has "
+            f"{device_memory(problem.hardware.capacity_bytes)}"
+        )
+    for price in prices.values():
+        run.console.print(f"  {said(price, problem)}")
     if explanation is not None:
         from dmpq.hardware_explain import print_explanation
 

@@ -31,7 +31,7 @@ from dmpq.spec import ModelSpec
 
 # Mean power where none was fitted: within 12% on ML.ENERGY's H100 decode points.
 UNCALIBRATED_POWER_SHARE: Final = 0.75
-_DECISIONS_AT_ONCE: Final = 1 << 20
+_DECISIONS_AT_ONCE: Final = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)

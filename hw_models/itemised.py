@@ -31,17 +31,18 @@ def expert_parts(tables: Tables, menu: Menu, sums: Sequence[Sums]) -> Iterator[P
         menu: The formats.
         sums: Of gate+up and of down.
     """
-    waits, traffic, flops, stored, launches = np.zeros((3, len(menu))), 0.0, 0.0, 0.0, 0.0
+    waits = np.zeros((3, len(menu)))
+    traffic, flops, stored, launches = np.zeros((4, len(menu)))
     for p, (present, active, rows) in enumerate(sums):
         waits += shared_time(
             active * tables.memory_s[:, p],
             rows * tables.row_s[:, p],
             active * tables.unpack_s[:, p],
         ).sum(1)
-        traffic = traffic + (active * tables.traffic_bytes[:, p]).sum(0)
-        flops = flops + (rows * tables.flops_per_row[:, p, None]).sum(0)
-        stored = stored + (present * tables.stored_bytes[:, p]).sum(0)
-        launches = launches + (present > 0).sum(0) * tables.launch_s
+        traffic += (active * tables.traffic_bytes[:, p]).sum(0)
+        flops += (rows * tables.flops_per_row[:, p, None]).sum(0)
+        stored += (present * tables.stored_bytes[:, p]).sum(0)
+        launches += (present > 0).sum(0) * tables.launch_s
     occurring = np.flatnonzero(sum(present.sum(0) for present, _, _ in sums))
     for b in occurring:
         yield Part(
@@ -100,7 +101,10 @@ def resident_parts(
         "activations": float(activations.max()),
     }
     stored["attention"] += hidden * own  # the last norm
-    share = shared_time(sum(moved.values()) / bandwidth, sum(flops.values()) / speed, each=True)
+    nothing = np.zeros(layers)
+    share = shared_time(
+        sum(moved.values(), nothing) / bandwidth, sum(flops.values(), nothing) / speed, each=True
+    )
     for name, count in stored.items():
         if count:
             yield Part(

@@ -340,8 +340,10 @@ class Projection:
         ones that exceed the limits least are made to exceed them less.
         """
         maps = self.cheap_maps
+        if not len(maps):
+            return maps
         feasible = maps[self.feasible(maps)]
-        if len(feasible) or not len(maps):
+        if len(feasible):
             return feasible
         shares = sum(self.priced.values(), np.zeros(self.sizes.shape))
         starts = maps[np.argsort(self._excess(maps), kind="stable")[:_STARTS]]

@@ -122,12 +122,12 @@ def said(price: ShadowPrice, problem: Problem) -> str:
     if not price.active:
         return f"{name} is not active"
     unit = price.unit.replace("_", " ")
-    worth = f"{price.nats:.3g} nats of KL and {price.reward:.3g} of reward per {unit}"
+    worth = f"{price.nats:.3g} nats of KL, {price.reward:.3g} reward per {unit}"
     if not price.raised:
-        return f"{name} is active: more would be worth {worth}"
+        return f"{name} is active: {worth}"
     if not price.reward:
         return f"{name} is active, but {price.raised:.0%} more would bring nothing that was found"
-    return f"{name} is active: the next {price.raised:.0%} would be worth {worth}"
+    return f"{name} is active: {worth} over the next {price.raised:.0%}"
 
 
 def _slopes(problem: Problem, values: Floats) -> dict[str, _Worth]:

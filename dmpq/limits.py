@@ -246,7 +246,7 @@ def refuse_impossible(
     if changes:
         others = "the other kept" if len(given) == 2 else "the others kept"
         idle = [_name(name, words) for name, value in needed.items() if value is None]
-        rest = f", while no other value of {' or '.join(idle)} is enough" if idle else ""
+        rest = f"; raising {' or '.join(idle)} alone is not enough" if idle else ""
         raise InputError(f"{start}; with {others}, {', or '.join(changes)}{rest}.")
     apart = [
         _least(name, value, _only(name, projection), words)

@@ -68,6 +68,7 @@ class SearchConfig:
     device: str = _option("cpu", "torch device that evaluates bit maps")
     threads: int | None = _option(None, "CPU threads (default: torch's choice)")
     trust_remote_code: bool = _option(False, "let code that comes with a checkpoint run")
+    explain: bool = _option(False, "show where the time, bytes and energy of the agent's map go")
     out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
 
     def __post_init__(self) -> None:
@@ -96,7 +97,7 @@ class SearchConfig:
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
-_NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb")
+_NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb", "explain")
 
 
 def _flag(name: str) -> str:

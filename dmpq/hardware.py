@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from dmpq import hardware_fit, hardware_measure, hardware_tables
+from dmpq import hardware_explain, hardware_fit, hardware_measure, hardware_tables
 from dmpq.console import INTERRUPTED, CommandParser, plain_console, refuse
 from dmpq.errors import InputError, first_line, is_out_of_memory
 
@@ -16,6 +16,7 @@ AddParser = Callable[[Any], None]
 _COMMANDS: Final[tuple[AddParser, ...]] = (
     hardware_tables.add_list_parser,
     hardware_tables.add_show_parser,
+    hardware_explain.add_parser,
     hardware_fit.add_parser,
     hardware_measure.add_parser,
 )
@@ -26,6 +27,7 @@ _EXAMPLES: Final = """examples:
   python -m dmpq.hardware list
   python -m dmpq.hardware show a100/sglang
   python -m dmpq.hardware show my-device.json --json
+  python -m dmpq.hardware explain bitmap.json --hw a100 h100
   python -m dmpq.hardware fit points.csv --device a100/sglang
   python -m dmpq.hardware measure --out this-machine.json
 """

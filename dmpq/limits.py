@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
-from dmpq.hw_models import Cost
+from dmpq.hw_models import Cost, HardwareModel
 from dmpq.objective import Constraints, shown
 from dmpq.projection import Projection
 
+Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Assignments = NDArray[np.integer]
 
 BITS_PER_BYTE: Final = 8
+NOT_ADDITIVE: Final = ("latency_s", "energy_j")
+"""Limits on costs that do not add up over decisions."""
+
+USABLE_SHARE: Final = 0.9
+"""Of a device's memory."""
+
+GIGABYTE: Final = 1e9
+_BOUND_STEPS: Final = 100
+_SHOWN_STEP: Final = 2e-6
+"""About half of the last digit that is shown."""
 
 _ROUNDING: Final = 1e-12
 """Share by which a cost may exceed its limit: the rounding of sums."""
@@ -75,69 +87,268 @@ def within(
     return inside
 
 
+def shares_taken(constraints: Constraints, cost: Cost) -> Floats:
+    """Return what K maps take of the limits that do not add up, latency before energy, (K, P)."""
+    given = constraints.given()
+    taken = [getattr(cost, name) / given[name] for name in NOT_ADDITIVE if name in given]
+    return np.array(taken, np.float64).reshape(-1, len(cost.latency_s)).T
+
+
+def usable_bytes(capacity_bytes: float) -> float:
+    """Return how much of a device's memory a model may take, bytes.
+
+    The rest is for the runtime and for fragmentation (``reference/hardware.md`` section 8, item 6;
+    ``ai-dynamo/aiconfigurator`` reserves 3.5 GB of 80).
+    """
+    return USABLE_SHARE * capacity_bytes
+
+
+def with_device_memory(
+    constraints: Constraints,
+    *,
+    capacity_bytes: float,
+    sizes: Ints,
+    num_weights: int,
+    cost_sizes: Ints,
+    fixed_bytes: float,
+) -> Constraints:
+    """Return limits with the device's own memory as one of them, where it binds.
+
+    It binds where maps within the limit on bits would not fit, or where the limit on memory that
+    was set is above it. Elsewhere nothing changes, so that a search on a large device does not
+    depend on how large it is.
+
+    Args:
+        constraints: The limits as set.
+        capacity_bytes: Memory of the device.
+        sizes: Stored bits of each decision in each format, on the model itself, (D, B).
+        num_weights: Weights of all routed experts.
+        cost_sizes: The same as ``sizes`` at the cost geometry, (D, B).
+        fixed_bytes: Memory there that no decision changes, bytes.
+    """
+    usable, asked = usable_bytes(capacity_bytes), constraints.memory_bytes
+    if asked is None:
+        left = (usable - fixed_bytes) * BITS_PER_BYTE
+        most = float(cost_sizes.max(1).sum())
+        if most > left and constraints.avg_bits is not None:
+            limit = min(constraints.avg_bits * num_weights, float(sizes.max(1).sum()))
+            most = min(most, most_within(cost_sizes, sizes, limit))
+        if most <= left:
+            return constraints
+    elif asked <= usable:
+        return constraints
+    return replace(constraints, memory_bytes=usable)
+
+
+def memory_notes(
+    asked: Constraints, limits: Constraints, hardware: HardwareModel
+) -> tuple[str, ...]:
+    """Return what a user should know where the device's memory is one of the limits."""
+    if limits.memory_bytes is None or limits.memory_bytes == asked.memory_bytes:
+        return ()
+    why = f"{hardware.name} has {device_memory(hardware.capacity_bytes)}"
+    limit = f"{limits.memory_bytes / GIGABYTE:g}"
+    if asked.memory_bytes is None:
+        return (f"memory is limited to {limit} GB: {why}",)
+    return (f"--memory-gb {asked.memory_bytes / GIGABYTE:g} is reduced to {limit}: {why}",)
+
+
+def most_within(taken: Ints, sizes: Ints, limit: float) -> float:
+    """Return a bound on what maps can take within one limit on something else.
+
+    Lagrangian: ``min over p >= 0 of sum_d max_b (taken - p sizes) + p limit``; where sizes are
+    proportional to what is taken, it exceeds the truth by less than one decision's.
+
+    Args:
+        taken: (D, B).
+        sizes: (D, B), what each format takes of the limit.
+        limit: Upper limit on the sum of the chosen sizes.
+    """
+
+    def bound(price: float) -> float:
+        return float((taken - price * sizes).max(1).sum() + price * limit)
+
+    steepest = float(taken.max() / max(int(sizes[sizes > 0].min(initial=1)), 1))
+    low, high = 0.0, max(steepest, 1.0)
+    for _ in range(_BOUND_STEPS):  # convex in the price
+        third = (high - low) / 3
+        if bound(low + third) <= bound(high - third):
+            high -= third
+        else:
+            low += third
+    return min(bound(0.0), bound(low), bound(high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """How limits are spoken of.
+
+    Attributes:
+        narrowest: Key of the narrowest format.
+        geometry: Name of the geometry at which costs are computed.
+        device: Name of the hardware.
+        capacity_bytes: Its memory, where that is the limit on memory; ``None`` where the user set
+            one.
+        routed: Whether the experts' routing is known.
+    """
+
+    narrowest: str
+    geometry: str
+    device: str
+    capacity_bytes: float | None
+    routed: bool
+
+
 def refuse_impossible(
     constraints: Constraints,
     projection: Projection,
     *,
     costs: Callable[[Assignments], Cost],
-    smallest: Assignments,
     num_weights: int,
-    narrowest: str,
-    geometry: str,
-    device: str,
+    words: Words,
 ) -> None:
-    """Refuse limits that no map meets, naming the least that can be reached.
+    """Refuse limits that no map meets, naming the smallest change with which one does.
 
     Args:
         constraints: The limits.
         projection: Onto the same limits.
         costs: Takes maps, (K, D), to their costs by the full cost model.
-        smallest: The map of least memory, (D,).
         num_weights: Weights of all routed experts.
-        narrowest: Key of the narrowest format.
-        geometry: Name of the geometry at which costs are computed.
-        device: Name of the hardware.
+        words: How to speak of the limits.
 
     Raises:
-        InputError: If a limit is below the least of its kind, or no map meets all together.
+        InputError: If no map meets all limits, or none was found where they do not add up. It says
+            for each limit the least value with which a map meets it and the others.
     """
     given = constraints.given()
-    words = {
-        "avg_bits": f"the effective bits of uniform {narrowest} (scales and zero-points included)",
-        "memory_bytes": f"the memory in GB of the smallest map at {geometry}",
-        "latency_s": f"the least time in ms that was found on {device}",
-        "energy_j": f"the least energy in J that was found on {device}",
-    }
-    least: dict[str, float] = {}
-    if "avg_bits" in given:
-        least["avg_bits"] = float(projection.sizes.min(1).sum() / num_weights)
-    if "memory_bytes" in given:
-        least["memory_bytes"] = float(costs(smallest[None]).memory_bytes[0])
-    _refuse_below(given, least, words)
-    if not projection.priced:
-        if len(given) > 1:
-            projection.solve(np.zeros(projection.sizes.shape))
+    if projection.possible:
         return
-    cost = costs(projection.cheap_maps)
-    least = {name: float(getattr(cost, name).min()) for name in projection.priced}
-    _refuse_below(given, least, words)
-    if not len(projection.cheapest):
-        limits = " and ".join(" ".join(shown(name, value)) for name, value in given.items())
-        raise InputError(
-            f"No map was found that meets {limits} together, though each alone can be met; "
-            "raise one of them."
-        )
+
+    def least(name: str, onto: Projection) -> float | None:
+        choice = onto.least(name)
+        return None if choice is None else _taken(name, choice, onto, costs, num_weights)
+
+    alone = {name: least(name, _only(name, projection)) for name in given}
+    single = next(iter(given)) if len(given) == 1 else "memory_bytes"
+    own = len(given) == 1 or words.capacity_bytes is not None
+    smallest = alone.get(single)
+    if own and smallest is not None and smallest > given[single] * (1 + _ROUNDING):
+        raise InputError(_below(single, given[single], smallest, words))
+    limits = " and ".join(_limit(name, value, words) for name, value in given.items())
+    found = "was found that meets" if projection.priced else "meets"
+    start = f"No map {found} {limits} together"
+    needed = {name: least(name, projection) for name in given}
+    changes = [
+        _change(name, value, projection, words)
+        for name, value in needed.items()
+        if value is not None
+    ]
+    if changes:
+        others = "the other kept" if len(given) == 2 else "the others kept"
+        idle = [_name(name, words) for name, value in needed.items() if value is None]
+        rest = f"; raising {' or '.join(idle)} alone is not enough" if idle else ""
+        raise InputError(f"{start}; with {others}, {', or '.join(changes)}{rest}.")
+    apart = [
+        _least(name, value, _only(name, projection), words)
+        for name, value in alone.items()
+        if value is not None
+    ]
+    raise InputError(
+        f"{start}, and no change of one of them is enough; by themselves they can be met from "
+        f"{', '.join(apart)} on."
+    )
 
 
-def _refuse_below(
-    given: Mapping[str, float], least: Mapping[str, float], words: Mapping[str, str]
-) -> None:
-    """Refuse a limit below the least of its kind, which ``words`` describe."""
-    for name, value in least.items():
-        if given[name] * (1 + _ROUNDING) >= value:
-            continue
-        flag, limit = shown(name, given[name])
-        raise InputError(
-            f"{flag} {limit} is below {shown(name, value)[1]}, {words[name]}; raise it, or offer "
-            "narrower formats with --bits."
+def _only(name: str, projection: Projection) -> Projection:
+    """Return the projection onto one limit alone."""
+    for other in (*projection.names, *projection.priced):
+        if other != name:
+            projection = projection.without(other)
+    return projection
+
+
+def _taken(
+    name: str,
+    choice: Ints,
+    projection: Projection,
+    costs: Callable[[Assignments], Cost],
+    num_weights: int,
+) -> float:
+    if name == "avg_bits":
+        return float(projection.sizes[np.arange(len(choice)), choice].sum() / num_weights)
+    return float(getattr(costs(choice[None]), name)[0])
+
+
+def _below(name: str, limit: float, least: float, words: Words) -> str:
+    """Return why a single limit cannot be met."""
+    flag, at_least = shown(name, limit)[0], _shown_above(name, least)
+    if name == "memory_bytes" and words.capacity_bytes is not None:
+        return (
+            f"The smallest map takes {at_least} GB at {words.geometry}, and {words.device} has "
+            f"{device_memory(words.capacity_bytes)}; use a device with at least "
+            f"{_shown_above(name, least / USABLE_SHARE)} GB, narrower formats (--bits), or a "
+            "smaller --batch or --context."
         )
+    what = {
+        "avg_bits": f"the effective bits of uniform {words.narrowest} (scales and zero-points "
+        "included)",
+        "memory_bytes": f"the memory in GB of the smallest map at {words.geometry}",
+        "latency_s": f"the least time in ms that was found on {words.device}",
+        "energy_j": f"the least energy in J that was found on {words.device}",
+    }
+    return (
+        f"{flag} {shown(name, limit)[1]} is below {at_least}, {what[name]}; raise it, or offer "
+        "narrower formats with --bits."
+    )
+
+
+def _limit(name: str, value: float, words: Words) -> str:
+    """Return a limit as the user gave it."""
+    if name == "memory_bytes" and words.capacity_bytes is not None:
+        return f"the memory of {words.device} ({device_memory(words.capacity_bytes)})"
+    return " ".join(shown(name, value))
+
+
+def device_memory(capacity_bytes: float) -> str:
+    """Return how much memory a device has, in words."""
+    return f"{capacity_bytes / GIGABYTE:g} GB, of which {USABLE_SHARE:.0%} may be used"
+
+
+def _name(name: str, words: Words) -> str:
+    """Return what a limit is called."""
+    own = name == "memory_bytes" and words.capacity_bytes is not None
+    return f"the memory of {words.device}" if own else shown(name, 1.0)[0]
+
+
+def _change(name: str, value: float, projection: Projection, words: Words) -> str:
+    """Return what a limit would have to be, as far as is known."""
+    about, unknown = _certainty(projection, words)
+    if name == "memory_bytes" and words.capacity_bytes is not None:
+        amount = _shown_above(name, value / USABLE_SHARE)
+        return f"the device would have to have {about}{amount} GB{unknown}"
+    flag = shown(name, value)[0]
+    return f"{flag} would have to be raised to {about}{_shown_above(name, value)}{unknown}"
+
+
+def _least(name: str, value: float, projection: Projection, words: Words) -> str:
+    about, unknown = _certainty(projection, words)
+    return f"{_name(name, words)} {about}{_shown_above(name, value)}{unknown}"
+
+
+def _certainty(projection: Projection, words: Words) -> tuple[str, str]:
+    """Return what to say before and after a least value: where costs do not add up, it was found.
+
+    A map of that cost exists, but a cheaper one may; before the routing is known, not even that.
+    """
+    if not projection.priced:
+        return "", ""
+    return ("at most ", "") if words.routed else ("about ", " (the routing is not known yet)")
+
+
+def _shown_above(name: str, value: float) -> str:
+    """Return a value in its flag's unit, rounded up so that the limit it names can be met."""
+    scale = float(shown(name, 1.0)[1])  # a power of ten
+    exact, step = value * scale, 0
+    while float(text := shown(name, value * (1 + step * _SHOWN_STEP))[1]) < exact:
+        step += 1
+    return text

@@ -15,7 +15,17 @@ from dmpq.errors import InputError, unknown
 from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
-from dmpq.limits import BITS_PER_BYTE, exact_limits, refuse_impossible, within
+from dmpq.limits import (
+    BITS_PER_BYTE,
+    NOT_ADDITIVE,
+    Words,
+    exact_limits,
+    memory_notes,
+    refuse_impossible,
+    shares_taken,
+    with_device_memory,
+    within,
+)
 from dmpq.objective import Baselines, Constraints, Weights, reward_terms
 from dmpq.profile import Profile
 from dmpq.projection import Projection
@@ -99,7 +109,7 @@ class Problem:
         cost_spec: Geometry at which costs are computed; same layers and experts as the model.
         workload: What a step is.
         weights: Of the reward's terms.
-        constraints: Upper limits that no proposal exceeds.
+        constraints: Upper limits that no proposal exceeds; see also :attr:`limits`.
         serve: What shares one format.
         evaluator: Measures maps; ``None``, the default, for the profile's additive surrogate.
         selector: Measures finalists on fresh text, for the final choice.
@@ -127,15 +137,43 @@ class Problem:
                 f"experts than {self.spec.name}; use its widths only (with_widths_of)."
             )
         refuse_impossible(
-            self.constraints,
-            self._projection,
+            self.limits,
+            self.projection,
             costs=self.costs,
-            smallest=self._cost_sizes.argmin(1),
             num_weights=self.num_weights,
-            narrowest=self.menu.keys[0],
-            geometry=self.cost_spec.name,
-            device=self.hardware.name,
+            words=Words(
+                narrowest=self.menu.keys[0],
+                geometry=self.cost_spec.name,
+                device=self.hardware.name,
+                capacity_bytes=(
+                    None
+                    if self.limits.memory_bytes == self.constraints.memory_bytes
+                    else self.hardware.capacity_bytes
+                ),
+                routed=self.profile.tokens > 0,
+            ),
         )
+
+    @cached_property
+    def limits(self) -> Constraints:
+        """The constraints, with the device's own memory as one of them where it binds.
+
+        It binds where maps that meet the other limits that add up would not fit, or where the
+        limit on memory that was set is above it.
+        """
+        return with_device_memory(
+            self.constraints,
+            capacity_bytes=self.hardware.capacity_bytes,
+            sizes=self.sizes,
+            num_weights=self.num_weights,
+            cost_sizes=self._cost_sizes,
+            fixed_bytes=self._fixed_bytes,
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the limits, one clause each."""
+        return memory_notes(self.constraints, self.limits, self.hardware)
 
     @property
     def spec(self) -> ModelSpec:
@@ -313,15 +351,19 @@ class Problem:
 
         Effective bits on the model itself, then memory at the cost geometry; each where set.
         """
-        fixed = float(self._uniform_costs.memory_bytes[0])
-        fixed -= float(self._cost_sizes[:, 0].sum()) / BITS_PER_BYTE
         return exact_limits(
-            self.constraints,
+            self.limits,
             sizes=self.sizes,
             num_weights=self.num_weights,
             cost_sizes=self._cost_sizes,
-            fixed_bytes=fixed,
+            fixed_bytes=self._fixed_bytes,
         )
+
+    @cached_property
+    def _fixed_bytes(self) -> float:
+        """Memory that no decision changes."""
+        first = float(self._uniform_costs.memory_bytes[0])
+        return first - float(self._cost_sizes[:, 0].sum()) / BITS_PER_BYTE
 
     def feasible(self, assignments: Assignments) -> NDArray[np.bool_]:
         """Return whether maps (K, D) meet every limit, (K,)."""
@@ -329,7 +371,7 @@ class Problem:
 
     def _within(self, assignments: Assignments, cost: Cost) -> NDArray[np.bool_]:
         bits = self._stored(assignments)
-        return within(self.constraints, bits, cost, num_weights=self.num_weights)
+        return within(self.limits, bits, cost, num_weights=self.num_weights)
 
     def linear_values(self, log_importance: Floats | None = None) -> Floats:
         """Return the linearised negative reward of each decision and format, (D, B).
@@ -371,24 +413,35 @@ class Problem:
         Args:
             values: (D, B), what each format costs in the objective; smaller is better.
         """
-        return self._projection.project(values)
+        return self.projection.project(values)
 
     @cached_property
-    def _projection(self) -> Projection:
-        exact, limits = self.linear_limits
-        priced = {}
-        if self.constraints.latency_s is not None:
-            priced["latency_s"] = self.linear_latency / self.constraints.latency_s
-        if self.constraints.energy_j is not None:
-            priced["energy_j"] = self.linear_energy / self.constraints.energy_j
+    def projection(self) -> Projection:
+        """The limits, as something to project onto."""
+        exact, bits = self.linear_limits
+        given = self.limits.given()
+        shares = {"latency_s": self.linear_latency, "energy_j": self.linear_energy}
         return Projection(
             sizes=self.sizes,
+            names=tuple(name for name in given if name not in NOT_ADDITIVE),
             exact=exact,
-            limits=limits,
-            priced=priced,
+            limits=bits,
+            priced={name: shares[name] / given[name] for name in NOT_ADDITIVE if name in given},
             unhit=self.unhit,
-            feasible=self.feasible,
+            usage=self._usage,
+            groups=self._layer_of_decision,
         )
+
+    @cached_property
+    def _layer_of_decision(self) -> Ints:
+        """The layer of each decision, (D,): its experts share launches."""
+        layers = np.zeros(self.num_decisions, np.int64)
+        layers[self._decision_of] = self.spec.layer_of_expert[:, None]
+        return layers
+
+    def _usage(self, assignments: Assignments) -> Floats:
+        """Return what maps (K, D) take of the limits on latency and energy, as shares, (K, P)."""
+        return shares_taken(self.limits, self.costs(assignments))
 
     def evaluate(self, assignments: Assignments) -> Scores:
         """Return the true scores of maps (K, D)."""
@@ -443,7 +496,7 @@ class Problem:
             sizes=self.sizes,
             ratios=self.linear_ratios,
             baselines=self.baselines,
-            constraints=self.constraints,
+            constraints=self.limits,
             weights=self.weights,
             workload=self.workload,
         )

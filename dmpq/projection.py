@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Final
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dmpq.errors import InputError
 from dmpq.knapsack import Mckp, solve_mckp_multi
+from dmpq.local_search import descended, improved
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -21,12 +22,38 @@ Assignments = NDArray[np.integer]
 
 _PRICE_STEP: Final = 8.0
 _PRICE_STEPS: Final = 12
-_BISECTIONS: Final = 10
-_SPENT_AT_ONCE: Final = 64
-"""Single changes that are priced in one call, and how many are made, when a budget is left."""
+_BISECTIONS: Final = 16
+_ROUNDS: Final = 3
+"""Times that each multiplier is found anew for the others' last values."""
+
+_ROUNDING: Final = 0.5e-12
+"""Share by which a cost may exceed its limit: half of what :mod:`dmpq.limits` forgives."""
+
+_FACTORS: Final = (0.0, 0.25, 1.0, 4.0)
+"""Of the multipliers, at which the best map of every set of formats is tried as well."""
+
+_SOLVED: Final = 1 << 18
+"""Decisions in all knapsacks that are solved for sets of formats."""
+
+_STARTS: Final = 4
+"""Best maps from which changes are tried."""
 
 _MAX_SUBSETS: Final = 7
 """Menus up to this size are searched for the cheapest map over all subsets, others over pairs."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Multipliers:
+    """Prices of the limits that do not add up.
+
+    Attributes:
+        prices: Name → price of its whole limit, in the objective's unit; 0 where the limit does
+            not bind, infinite where no price was found at which it is met.
+        tried: Maps met on the way, (D,) each.
+    """
+
+    prices: Mapping[str, float]
+    tried: list[Ints]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -34,38 +61,43 @@ class Projection:
     """Limits, as something to project onto.
 
     Exact for limits on bits and memory. Latency and energy do not add up (a launch per width):
-    one multiplier prices their linearised shares, each relative to its limit, and is bisected
-    until the full cost model agrees; what is left of a limit is spent greedily.
+    each has a multiplier that prices its linearised shares, relative to its limit, and each is
+    bisected in turn until the full cost model agrees; maps found so, and the best of every set of
+    formats at those prices, are then improved by single changes and exchanges, all of them checked
+    against the full cost model.
 
     Attributes:
         sizes: Stored bits of each decision in each format, (D, B).
-        exact: What each format takes of each limit that adds up, (C, D, B).
+        names: The limits that add up.
+        exact: What each format takes of each of them, (C, D, B).
         limits: These limits, (C,).
         priced: The limits that do not add up: name → linearised shares of them, (D, B).
         unhit: Decisions that calibration says nothing about.
-        feasible: Says of maps, (K, D), whether they meet every limit, (K,).
+        usage: Takes maps, (K, D), to what they take of each of the priced limits by the full cost
+            model, as a share, (K, P).
+        groups: Decisions of one number share launches, (D,).
     """
 
     sizes: Ints
+    names: tuple[str, ...]
     exact: Ints
     limits: Ints
     priced: Mapping[str, Floats]
     unhit: Ints
-    feasible: Callable[[Assignments], NDArray[np.bool_]]
+    usage: Callable[[Assignments], Floats]
+    groups: Ints
 
     def project(self, values: Floats) -> Ints:
         """Return the map of least value within every limit, (D,).
 
-        Exact for limits on bits and memory. Latency and energy do not add up: one multiplier
-        prices their linearised shares, each relative to its limit, and is bisected until the full
-        cost model agrees; what is left of a limit is spent greedily.
+        Exact for limits on bits and memory; for others see the class.
 
         Args:
             values: (D, B), what each format costs in the objective; smaller is better.
         """
         choice = self.solve(values)
         if self.priced and not self.feasible(choice[None])[0]:
-            choice = self._spend(values, self._priced_choice(values))
+            choice = self._improved(values)
         return self._widen_unhit(values, choice)
 
     @cached_property
@@ -80,49 +112,129 @@ class Projection:
             return solve_mckp_multi(values, self.exact, self.limits)
         return self._knapsack.solve(values)
 
-    def _priced_choice(self, values: Floats) -> Ints:
-        """Return the best map found within the limits that do not add up."""
-        shares = sum(self.priced.values(), np.zeros(values.shape))
-        found = list(self.cheapest)
+    def _multipliers(self, values: Floats) -> _Multipliers:
+        """Return the least price of each limit that does not add up, at which all are met.
+
+        Each is bisected with the others fixed, a few times in turn: coordinate descent on the
+        Lagrangian dual, with the full cost model as the judge of what is met.
+
+        Args:
+            values: (D, B), what each format costs in the objective; smaller is better.
+        """
+        shares = np.array([*self.priced.values()]).reshape(-1, *values.shape)
+        count = len(shares)
+        prices, tried = np.zeros(count), [self.solve(values)]
+        met: NDArray[np.bool_] = self._met(tried[0])
+        for turn in range(_ROUNDS if count > 1 else 1):
+            for i in range(count):
+                if turn or not met.all():
+                    rest = np.where(np.isfinite(prices) & (np.arange(count) != i), prices, 0.0)
+                    others = values + np.tensordot(rest, shares, 1)
+                    prices[i] = self._least_price([i], others, shares[i], tried)
+                    met = self._met(tried[-1])
+        return _Multipliers(dict(zip(self.priced, prices.tolist(), strict=True)), tried)
+
+    def _least_price(
+        self, which: list[int], values: Floats, shares: Floats, tried: list[Ints]
+    ) -> float:
+        """Return the least price of some limits at which they are met; infinity for none.
+
+        The maps that were tried are appended, last the one at the price returned.
+        """
 
         def fits(price: float) -> bool:
-            choice = self.solve(values + price * shares)
-            feasible = bool(self.feasible(choice[None])[0])
-            if feasible:
-                found.append(choice)
-            return feasible
+            tried.append(self.solve(values + price * shares))
+            return bool(self._met(tried[-1])[which].all())
 
-        price = float(np.ptp(values, axis=1).sum() / np.ptp(shares, axis=1).sum())
+        if fits(0.0):
+            return 0.0
+        span = float(np.ptp(shares, axis=1).sum())
+        price = float(np.ptp(values, axis=1).sum()) / span if span else 0.0
         price = price / _PRICE_STEP ** (_PRICE_STEPS // 2) or 1.0
         for _ in range(_PRICE_STEPS):
             if fits(price):
                 break
             price *= _PRICE_STEP
-        low = price / _PRICE_STEP
+        else:
+            return math.inf
+        low, best = price / _PRICE_STEP, tried[-1]
         for _ in range(_BISECTIONS):
             middle = math.sqrt(low * price)
-            low, price = (low, middle) if fits(middle) else (middle, price)
-        maps = np.array(found)
-        best: Ints = maps[
-            np.take_along_axis(values[None], maps[:, :, None], 2).sum((1, 2)).argmin()
-        ]
-        return best
+            if fits(middle):
+                price, best = middle, tried[-1]
+            else:
+                low = middle
+        tried.append(best)
+        return price
 
-    def _spend(self, values: Floats, choice: Ints) -> Ints:
-        """Make the single changes that lower the value most, as long as every limit is met."""
-        choice, rows = choice.copy(), np.arange(len(choice))
-        for _ in range(_SPENT_AT_ONCE):
-            gain = values - values[rows, choice][:, None]
-            order = np.argsort(gain, axis=None, kind="stable")[:_SPENT_AT_ONCE]
-            order = order[gain.ravel()[order] < 0]
-            maps = np.repeat(choice[None], len(order), axis=0)
-            decisions, formats = np.unravel_index(order, gain.shape)
-            maps[np.arange(len(order)), decisions] = formats
-            possible = np.flatnonzero(self.feasible(maps)) if len(maps) else order
-            if not possible.size:
-                break
-            choice = maps[possible[0]]
-        return choice
+    def _improved(self, values: Floats) -> Ints:
+        """Return the best map found within the limits that do not add up."""
+        found = self._multipliers(values)
+        together: list[Ints] = []
+        if len(self.priced) > 1:
+            shares = sum(self.priced.values(), np.zeros(values.shape))
+            self._least_price([*range(len(self.priced))], values, shares, together)
+        subsets = self._of_subsets(values, found)
+        maps = np.array([*self.cheapest, *found.tried, *together, *subsets])
+        maps = np.unique(maps, axis=0)
+        maps = maps[self.feasible(maps)]
+        rows = np.arange(len(values))
+
+        def worth(choice: Ints) -> float:
+            return float(values[rows, choice].sum())
+
+        order = np.argsort(values[rows, maps].sum(1), kind="stable")[:_STARTS]
+        starts = (improved(maps[k], values, self.groups, self._excess) for k in order)
+        return min(starts, key=worth)
+
+    def feasible(self, maps: Assignments) -> NDArray[np.bool_]:
+        """Return whether maps (K, D) meet every limit, (K,)."""
+        met: NDArray[np.bool_] = self._excess(maps) == 0
+        return met
+
+    def _excess(self, maps: Assignments) -> Floats:
+        """Return by how much maps (K, D) exceed the limits, (K,); infinite for those that add up.
+
+        Summed over the limits, as a share of each.
+        """
+        taken = self.exact[:, np.arange(maps.shape[1]), maps].sum(2)
+        usage = self.usage(maps)
+        over: Floats = np.where(usage > 1 + _ROUNDING, usage - 1, 0.0).sum(1)
+        over[(taken > self.limits[:, None]).any(0)] = np.inf
+        return over
+
+    def _met(self, choice: Ints) -> NDArray[np.bool_]:
+        """Return which of the limits that do not add up a map (D,) meets, (P,)."""
+        met: NDArray[np.bool_] = self.usage(choice[None])[0] <= 1 + _ROUNDING
+        return met
+
+    def _of_subsets(self, values: Floats, found: _Multipliers) -> Iterable[Ints]:
+        """Yield the best map of sets of formats at multiples of the multipliers, small sets first.
+
+        A set without a width saves its launches, which no multiplier sees.
+        """
+        known = [p if math.isfinite(p) else 0.0 for p in found.prices.values()]
+        shares = np.array([*self.priced.values()])
+        left = _SOLVED // len(values)
+        for columns in _subsets(values.shape[1]):
+            part = self.exact[:, :, columns]
+            if (part.min(2).sum(1) > self.limits).any():
+                continue
+            for factor in _FACTORS if any(known) else (0.0,):
+                left -= 1
+                if left < 0:
+                    return
+                priced = values + factor * np.tensordot(known, shares, 1)
+                try:
+                    yield np.array(columns)[self._solve_within(priced[:, columns], part)]
+                except InputError:
+                    break
+
+    def _solve_within(self, values: Floats, exact: Ints) -> Ints:
+        if not len(self.limits):
+            lowest: Ints = values.argmin(1)
+            return lowest
+        return solve_mckp_multi(values, exact, self.limits)
 
     def _widen_unhit(self, values: Floats, choice: Ints) -> Ints:
         """Widen experts that calibration never hit, in turn, by what nothing else can use."""
@@ -148,9 +260,96 @@ class Projection:
         return choice
 
     @cached_property
-    def cheapest(self) -> Ints:
-        """Feasible maps among the cheapest of every set of formats, (K, D); K may be 0."""
+    def possible(self) -> bool:
+        """Whether a map is known that meets every limit; exact for those that add up."""
+        if self.priced:
+            return len(self.cheapest) > 0
+        try:
+            self.solve(np.zeros(self.sizes.shape))
+        except InputError:
+            return False
+        return True
+
+    def without(self, name: str) -> Projection:
+        """Return the projection onto the other limits."""
+        if name in self.names:
+            at = self.names.index(name)
+            return replace(
+                self,
+                names=tuple(other for other in self.names if other != name),
+                exact=np.delete(self.exact, at, axis=0),
+                limits=np.delete(self.limits, at),
+            )
+        at = [*self.priced].index(name)
+        return replace(
+            self,
+            priced={other: shares for other, shares in self.priced.items() if other != name},
+            usage=lambda maps: np.delete(self.usage(maps), at, axis=1),
+        )
+
+    def relaxed(self, name: str, share: float, *, bits: int = 0) -> Projection:
+        """Return the projection with one limit raised.
+
+        Args:
+            name: Which.
+            share: By how much, relative to it, where it does not add up.
+            bits: By how much where it does.
+        """
+        if name in self.names:
+            limits = self.limits.copy()
+            limits[self.names.index(name)] += bits
+            return replace(self, limits=limits)
+        factors = np.array([1 + share * (other == name) for other in self.priced])
+        priced = zip(self.priced.items(), factors, strict=True)
+        return replace(
+            self,
+            priced={other: shares / factor for (other, shares), factor in priced},
+            usage=lambda maps: self.usage(maps) / factors,
+        )
+
+    def least(self, name: str) -> Ints | None:
+        """Return the map that takes least of one limit and meets the others, (D,).
+
+        The least of all where none of the limits is priced, else the least that was found;
+        ``None`` where no map is known that meets the others.
+        """
+        rest = self.without(name)
+        if name in self.names:
+            values = self.exact[self.names.index(name)].astype(np.float64)
+            return rest.project(values) if rest.possible else None
+        at, shares = [*self.priced].index(name), self.priced[name]
+
+        def taken(maps: Ints) -> Floats:
+            return np.where(rest.feasible(maps), self.usage(maps)[:, at], np.inf)
+
         maps = self.cheap_maps
+        if rest.possible:
+            maps = np.array([*maps, rest.project(shares)])
+        if not len(maps):
+            return None
+        starts = maps[np.argsort(taken(maps), kind="stable")[:_STARTS]]
+        starts = starts[np.isfinite(taken(starts))]
+        found = [descended(one, shares, self.groups, taken) for one in starts]
+        return min(found, key=lambda one: float(taken(one[None])[0]), default=None)
+
+    @cached_property
+    def cheapest(self) -> Ints:
+        """Feasible maps among the cheapest of every set of formats, (K, D); K may be 0.
+
+        Where none is, the one that takes least of one limit and meets the others may be, and the
+        ones that exceed the limits least are made to exceed them less.
+        """
+        maps = self.cheap_maps
+        if not len(maps):
+            return maps
+        feasible = maps[self.feasible(maps)]
+        if len(feasible):
+            return feasible
+        shares = sum(self.priced.values(), np.zeros(self.sizes.shape))
+        starts = maps[np.argsort(self._excess(maps), kind="stable")[:_STARTS]]
+        found = [descended(one, shares, self.groups, self._excess) for one in starts]
+        found += [one for one in map(self.least, self.priced) if one is not None]
+        maps = np.unique(np.array(found), axis=0)
         return maps[self.feasible(maps)]
 
     @cached_property
@@ -162,17 +361,12 @@ class Projection:
             if (part.min(2).sum(1) > self.limits).any():
                 continue
             for shares in self.priced.values():
-                priced = shares[:, columns]
                 try:
-                    choice = (
-                        solve_mckp_multi(priced, part, self.limits)
-                        if len(self.limits)
-                        else priced.argmin(1)
-                    )
+                    choice = self._solve_within(shares[:, columns], part)
                 except InputError:
                     continue
                 found.append(np.array(columns)[choice])
-        return np.unique(np.array(found), axis=0)
+        return np.unique(np.array(found, np.int64).reshape(-1, len(self.sizes)), axis=0)
 
 
 def _subsets(formats: int) -> Iterable[list[int]]:

@@ -93,13 +93,14 @@ class Row:
         )
 
 
-def table(rows: Sequence[Row], *, caption: str, best: str) -> Table:
+def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str] = ()) -> Table:
     """Return the final table for the terminal, at most 80 columns wide.
 
     Args:
         rows: The allocations.
         caption: What the costs were computed for.
         best: Name of the row to set in bold.
+        marked: Names of the rows that get an asterisk.
     """
     from rich import box
     from rich.table import Table
@@ -110,7 +111,7 @@ def table(rows: Sequence[Row], *, caption: str, best: str) -> Table:
         shown.add_column(head, justify="right")
     for row in rows:
         shown.add_row(
-            row.name,
+            f"{row.name} *" if row.name in marked else row.name,
             f"{row.effective_bits:.2f}",
             f"{row.heldout_kl:.5f}",
             f"{row.heldout_ppl:.4f}",

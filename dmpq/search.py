@@ -35,6 +35,7 @@ from dmpq.evaluation import FAILURE_NATS
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Menu
 from dmpq.guard import BASELINES, UNIFORM, make_agent, run_agent
+from dmpq.hw_models import explainable
 from dmpq.run_folder import only_run_in, run_folder
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from dmpq.agents import Agent, Candidate, SearchResult
     from dmpq.bitmap import BitMap
+    from dmpq.hw_models import Explanation
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.problem import Problem
     from dmpq.profile import Profile
@@ -139,6 +141,8 @@ def search(config: SearchConfig, console: Console) -> str:
     with ExitStack() as alone:
         with progress_bars(console) as show:
             session = Session(config, progress=show)
+            if config.explain:
+                explainable(session.hardware)
             session.check()
             run = _Run(session, agent, run_folder(config), console)
             alone.enter_context(only_run_in(run.folder))
@@ -160,6 +164,8 @@ def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
             evaluator=session.evaluator("search"),
             selector=session.evaluator("selection"),
         )
+        for note in problem.notes:
+            run.console.print(f"  note      {note}")
         try:
             result = _searched(run, problem)
             return problem, result, _rows(run, problem, result)
@@ -359,7 +365,7 @@ def _bitmap(
         menu=problem.menu,
         assignment=assignment_from(moe.spec, problem.menu, problem.expand(assignment[None])[0]),
         objective={"weights": asdict(problem.weights), "signal": "kl"},
-        constraints=asdict(problem.constraints),
+        constraints=asdict(problem.limits),
         hardware={
             "name": problem.hardware.name,
             "stack": problem.hardware.stack,
@@ -408,6 +414,8 @@ def _measured(row: Row) -> dict[str, dict[str, float | str]]:
 def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) -> str:
     """Write what the search found, draw it, and print the table."""
     from dmpq import report
+    from dmpq.limits import device_memory, usable_bytes
+    from dmpq.shadow_prices import said, shadow_prices
 
     config, session, row = run.config, run.session, rows[-1]
     bitmap = _bitmap(
@@ -431,7 +439,9 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         title=f"{row.name}: {row.effective_bits:.2f} effective bits, {problem.spec.name}",
     )
     report.save_figure(heat, run.path("bits.png"))
-    profile = problem.profile
+    profile, prices = problem.profile, shadow_prices(problem)
+    usable = usable_bytes(problem.hardware.capacity_bytes)
+    too_large = [one.name for one in rows if one.memory_bytes > usable]
     failed = sum(candidate.kl >= FAILURE_NATS for candidate in result.history)
     facts = {
         "config": asdict(config),
@@ -446,7 +456,9 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),
-        "constraints": asdict(problem.constraints),
+        "constraints": asdict(problem.limits),
+        "shadow_prices": {name: price.to_json() for name, price in prices.items()},
+        "do_not_fit": too_large,
         "failed_maps": failed,
         "tokens": {"profile": profile.cost_tokens, "search": result.tokens},
         "seconds": time.monotonic() - run.started,
@@ -454,12 +466,26 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         "versions": _versions(),
         "python": platform.python_version(),
     }
+    explanation = _explanation(problem, result.assignment) if config.explain else None
+    if explanation is not None:
+        facts["explanation"] = explanation.to_json()
     text = report.write_summary(run.path("summary.json"), rows, facts)
     caption = (
         f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out "
         f"tokens;\nmemory, latency, energy {_cost_caption(session)}"
     )
-    run.console.print(report.table(rows, caption=caption, best=rows[-1].name))
+    run.console.print(report.table(rows, caption=caption, best=rows[-1].name, marked=too_large))
+    if too_large:
+        run.console.print(
+            f"  * does not fit: {problem.hardware.name} has "
+            f"{device_memory(problem.hardware.capacity_bytes)}"
+        )
+    for price in prices.values():
+        run.console.print(f"  {said(price, problem)}")
+    if explanation is not None:
+        from dmpq.hardware_explain import print_explanation
+
+        print_explanation(explanation, run.console, routing="measured")
     if failed:
         run.console.print(
             f"  {failed} maps had no finite loss; each counts as {FAILURE_NATS:g} nats per token"
@@ -472,6 +498,16 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         soft_wrap=True,
     )
     return text
+
+
+def _explanation(problem: Problem, assignment: NDArray[np.int64]) -> Explanation:
+    return explainable(problem.hardware).explain(
+        problem.cost_spec,
+        problem.menu,
+        problem.expand(assignment[None])[0],
+        problem.workload,
+        inclusion=problem.profile.frequency,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ device file names its sources.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, get_args
 
 import numpy as np
@@ -32,13 +32,15 @@ from numpy.typing import NDArray
 from dmpq.formats import FULL_WIDTH, Menu
 from dmpq.hw_models.base import Cost, Floats, Workload
 from dmpq.hw_models.device import Device, Math, Stack, figures
+from dmpq.hw_models.explanation import Explanation, FormatUse
+from dmpq.hw_models.itemised import Sums, expert_parts, resident_parts
 from dmpq.hw_models.maps import checked_maps
 from dmpq.hw_models.tables import Tables, build_tables, power_mean, stored_formats
 from dmpq.spec import ModelSpec
 
 # Mean power where none was fitted: within 12% on ML.ENERGY's H100 decode points.
 UNCALIBRATED_POWER_SHARE: Final = 0.75
-_DECISIONS_AT_ONCE: Final = 1 << 20
+_DECISIONS_AT_ONCE: Final = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +202,51 @@ class AnalyticalModel:
         result.power_w[:] = self._power_w(result)
         return result
 
+    def explain(
+        self,
+        spec: ModelSpec,
+        menu: Menu,
+        assignment: NDArray[np.integer],
+        workload: Workload,
+        *,
+        inclusion: NDArray[np.floating] | None = None,
+    ) -> Explanation:
+        """Return where a map's cost comes from; see :class:`dmpq.hw_models.Explainable`.
+
+        Formats that the device stores alike are one, under the first one's key.
+        """
+        maps = self._as_stored(checked_maps(np.asarray(assignment)[None], spec, menu), menu)
+        power_w = float(self.breakdown(spec, menu, maps, workload, inclusion=inclusion).power_w[0])
+        tables = self._tables(spec, menu, workload, inclusion)
+        sums = _sums_of_projections(tables, maps)
+        parts = (
+            *expert_parts(tables, menu, sums),
+            *resident_parts(self.facts, self.kernels, spec, workload),
+        )
+        uses = zip(*(present.sum(0) for present, _, _ in sums), strict=True)
+        woken = sum(active.sum(0) for _, active, _ in sums) / 2
+        launches = sum((present > 0).sum(0) for present, _, _ in sums)
+        return Explanation(
+            model=spec.name,
+            device=self.device,
+            stack=self.stack,
+            workload=workload,
+            parts=tuple(replace(part, energy_j=power_w * part.latency_s) for part in parts),
+            formats=tuple(
+                FormatUse(
+                    key=menu.keys[b],
+                    experts=float(sum(use)) / 2,
+                    active=float(woken[b]),
+                    launches=int(launches[b]),
+                    kernel_bits=self.kernels.kernel(menu.formats[b].bits).bits,
+                )
+                for b, use in enumerate(uses)
+                if sum(use)
+            ),
+            power_w=power_w,
+            capacity_bytes=self.capacity_bytes,
+        )
+
     def expert_latency(
         self,
         spec: ModelSpec,
@@ -327,6 +374,14 @@ def _experts(
         flops += (rows.sum(axis=2) * tables.flops_per_row[:, p]).sum(axis=1)
         stored += (present * tables.stored_bytes[:, p]).reshape(count, -1).sum(axis=1)
     return time, launches, traffic, flops, stored
+
+
+def _sums_of_projections(tables: Tables, maps: NDArray[np.integer]) -> tuple[Sums, Sums]:
+    """Return what :func:`_sums` says of the first map's gate+up and of its down, each (L, B)."""
+    whole = maps.shape[1] == len(tables.base)
+    both = [_sums(tables, maps if whole else maps[:, p::2]) for p in (0, 1)]
+    first, second = ((present[0], active[0], rows[0]) for present, active, rows in both)
+    return first, second
 
 
 def _sums(

@@ -103,7 +103,7 @@ def build_tables(
     read_as = [widened(f, k.bits) for f, k in zip(menu.formats, kernels, strict=True)]
     traffic = _per_layer(spec, read_as, menu)
     flops = weights * FLOPS_PER_WEIGHT
-    resident = _Resident(device, stack, spec, workload)
+    resident = Resident(device, stack, spec, workload)
     return Tables(
         base=spec.layer_of_expert * len(menu),
         active=active_probability(selected, workload.tokens, balanced=balanced),
@@ -156,7 +156,7 @@ def _per_layer(spec: ModelSpec, formats: Sequence[Format], menu: Menu) -> Floats
 
 
 @dataclass(frozen=True)
-class _Resident:
+class Resident:
     """The part of a step that no bit map changes, at the stack's resident width."""
 
     device: Device
@@ -165,12 +165,13 @@ class _Resident:
     workload: Workload
 
     @property
-    def _weight_bytes(self) -> float:
+    def weight_bytes(self) -> float:
+        """Bytes of a weight: the checkpoint's, or fewer where the device has no such width."""
         own = self.spec.dtype_bytes
-        return own if self.stack.resident_bits == FULL_WIDTH else min(own, self._value_bytes)
+        return own if self.stack.resident_bits == FULL_WIDTH else min(own, self.value_bytes)
 
     @property
-    def _value_bytes(self) -> float:
+    def value_bytes(self) -> float:
         """Bytes of a cached or passed value: 2, or what the device's arithmetic takes."""
         return self.stack.resident_bits / BITS_PER_BYTE
 
@@ -185,7 +186,7 @@ class _Resident:
     def layer_bytes(self) -> Floats:
         """Bytes moved per layer: weights and KV cache."""
         cache = self.workload.batch * self.workload.context * self.spec.cache_values_per_token
-        return self._weights() * self._weight_bytes + cache * self._value_bytes
+        return self._weights() * self.weight_bytes + cache * self.value_bytes
 
     def activation_bytes(self) -> float:
         """Bytes of the routed experts' activations, moved once, all layers."""
@@ -193,7 +194,7 @@ class _Resident:
 
     def _activation_bytes(self, layer: MoELayer) -> float:
         widths = 2 * layer.hidden_size + 3 * layer.intermediate_size
-        return self.workload.tokens * layer.top_k * widths * self._value_bytes
+        return self.workload.tokens * layer.top_k * widths * self.value_bytes
 
     def layer_flops(self) -> Floats:
         """Operations per layer: weights, and scores over the context (half of it in prefill)."""
@@ -204,7 +205,8 @@ class _Resident:
 
     @property
     def head_bytes(self) -> float:
-        return self.spec.embedding_parameters * self._weight_bytes
+        """Bytes of the head."""
+        return self.spec.embedding_parameters * self.weight_bytes
 
     @property
     def head_flops(self) -> int:
@@ -212,27 +214,36 @@ class _Resident:
         return FLOPS_PER_WEIGHT * self.workload.batch * self.spec.embedding_parameters
 
     def _time(self, moved: Floats, flops: Floats) -> float:
-        stack, bandwidth = self.stack, self._bandwidth
-        peak = self.device.peak_flops_per_s(stack.kernel(stack.resident_bits).math)
-        speed = peak * stack.dense_compute_efficiency
-        return float(power_mean(moved / bandwidth, flops / speed).sum())
+        return float(power_mean(moved / self.bandwidth, flops / self.speed).sum())
 
     @property
-    def _bandwidth(self) -> float:
+    def speed(self) -> float:
+        """Operations per second that these layers reach."""
+        stack = self.stack
+        peak = self.device.peak_flops_per_s(stack.kernel(stack.resident_bits).math)
+        return peak * stack.dense_compute_efficiency
+
+    @property
+    def bandwidth(self) -> float:
+        """Bandwidth that these layers reach, bytes per second."""
         return self.device.bandwidth_bytes_per_s * self.stack.dense_memory_efficiency
 
     def activations_s(self) -> float:
-        return self.activation_bytes() / self._bandwidth
+        """Return time to move the routed experts' activations."""
+        return self.activation_bytes() / self.bandwidth
 
     def attention_s(self) -> float:
+        """Return time of all layers without their routed experts."""
         return self._time(self.layer_bytes(), self.layer_flops())
 
     def head_s(self) -> float:
+        """Return time of the head."""
         return self._time(np.array([self.head_bytes]), np.array([self.head_flops]))
 
     def memory_bytes(self) -> float:
+        """Return memory of the other weights, the KV cache and the activations."""
         spec, work = self.spec, self.workload
         cache = work.batch * work.context * spec.cache_values_per_token * spec.num_layers
         activations = max(self._activation_bytes(layer) for layer in spec.moe_layers)
-        weights = spec.other_parameters * self._weight_bytes
-        return float(weights + cache * self._value_bytes + activations)
+        weights = spec.other_parameters * self.weight_bytes
+        return float(weights + cache * self.value_bytes + activations)

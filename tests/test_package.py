@@ -61,14 +61,15 @@ FLOORS = [
     {"quantization", "moe", "data", "replay"},
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "profiling"},
-    {"knapsack", "objective"},
+    {"knapsack", "local_search", "objective"},
     {"features", "projection"},
     {"limits"},
-    {"problem"},
+    {"problem", "shadow_prices"},
     {"envs", "session", "config"},
     {"agents"},
-    {"testing", "report", "console", "guard", "run_folder", "search", "validate"}
-    | {"hardware", "hardware_fit", "hardware_measure", "hardware_tables"},
+    {"testing", "report", "console", "guard", "run_folder"},
+    {"hardware_explain", "hardware_fit", "hardware_measure", "hardware_tables"},
+    {"search", "validate", "hardware"},
 ]
 
 

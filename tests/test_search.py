@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -144,6 +145,84 @@ def test_a_journal_with_a_torn_line_resumes(finished, tmp_path):
 def test_json_goes_to_standard_output_alone(finished, capsys):
     assert main([*QUICK, f"--out={finished}", "--json"]) == 0
     assert [row["name"] for row in json.loads(capsys.readouterr().out)["rows"]] == ROWS
+
+
+def test_the_price_of_the_limit_is_in_the_summary_and_shown(finished, capsys):
+    assert main([*QUICK, f"--out={finished}"]) == 0
+    (price,) = json.loads((finished / "summary.json").read_text())["shadow_prices"].values()
+    assert price["active"]
+    assert price["nats_per_effective_bit"] > 0
+    assert price["reward_per_effective_bit"] > 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"--avg-bits 3 is active: {price['nats_per_effective_bit']:.3g} nats of KL" in shown
+
+
+def test_explain_says_where_the_cost_of_the_map_goes(finished, capsys):
+    """On a finished run, and with no word on it in what the run is filed by."""
+    before = (finished / "bitmap.json").read_bytes()
+    assert main([*QUICK, f"--out={finished}", "--explain"]) == 0
+    shown = capsys.readouterr().out
+    assert "launches at 2" in shown
+    summary = json.loads((finished / "summary.json").read_text())
+    row, total = summary["rows"][-1], summary["explanation"]["total"]
+    for name, value in (
+        ("latency_s", total["latency_s"]),
+        ("energy_j", total["energy_j"]),
+        ("memory_bytes", total["stored_bytes"]),
+    ):
+        assert value == pytest.approx(row[name])
+    assert (finished / "bitmap.json").read_bytes() == before
+
+
+@pytest.fixture
+def device(tmp_path):
+    """Write a device file with another memory, and return its path."""
+
+    def write(capacity_bytes):
+        with resources.as_file(resources.files("dmpq.hw_models") / "a100.json") as path:
+            data = json.loads(path.read_text())
+        file = tmp_path / "small.json"
+        file.write_text(json.dumps(data | {"name": "small", "capacity_bytes": capacity_bytes}))
+        return file
+
+    return write
+
+
+def test_what_does_not_fit_the_device_is_marked_not_hidden(tmp_path, device, capsys):
+    out = tmp_path / "run"
+    small = device(0.4e9)
+    assert main([*QUICK, "--agent=mckp", f"--hw={small}", "--avg-bits=4", f"--out={out}"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "memory is limited to 0.36 GB: small has 0.4 GB, of which 90% may be used" in shown
+    assert "uniform4 *" in shown
+    assert "* does not fit: small has 0.4 GB" in shown
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["do_not_fit"] == ["bf16", "uniform4"]
+    assert summary["rows"][-1]["memory_bytes"] <= 0.36e9
+    assert summary["constraints"]["memory_bytes"] == pytest.approx(0.36e9)
+    assert set(summary["shadow_prices"]) == {"avg_bits", "memory_bytes"}
+    assert BitMap.read(out / "bitmap.json").constraints["memory_bytes"] == pytest.approx(0.36e9)
+
+
+def test_a_model_larger_than_the_device_is_refused_before_any_forward(tmp_path, device, capsys):
+    out = tmp_path / "run"
+    assert main([*QUICK, f"--hw={device(0.3e9)}", f"--out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: The smallest map takes 0.3")
+    assert "small has 0.3 GB, of which 90% may be used; use a device with at least" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_limits_that_exclude_each_other_say_what_would_do(tmp_path, capsys):
+    out = tmp_path / "run"
+    limits = ["--avg-bits=3", "--latency-ms=0.3", "--energy-j=1"]
+    assert main([*QUICK, *limits, f"--out={out}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: No map was found that meets --avg-bits 3 and --latency-ms 0.3")
+    assert "--latency-ms would have to be raised to about 0.5" in error
+    assert "(the routing is not known yet)" in error
+    assert not out.exists()
 
 
 def test_an_agent_of_the_user_s_own(tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--methods", default=f"{','.join(SEARCHED)},mckp", help="what to compare")
     parser.add_argument("--read", type=Path, nargs="+", help="rows of earlier runs to show")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--heldout-tokens", type=int, default=131072)
+    parser.add_argument("--heldout-tokens", type=int, default=262144)
     parser.add_argument("--out", type=Path, default=None, help="write every row as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

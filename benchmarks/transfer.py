@@ -55,7 +55,7 @@ def write_halves(folder: Path) -> tuple[Path, list[Path]]:
 def main() -> None:
     """Print one line per seed and budget."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", default="0,1,2", help="calibration draws, comma-separated")
+    parser.add_argument("--seeds", default="0,1", help="calibration draws, comma-separated")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -209,9 +209,9 @@ class Resident:
         return self.spec.embedding_parameters * self.weight_bytes
 
     @property
-    def head_flops(self) -> int:
+    def head_flops(self) -> float:
         """Operations of the head: the last token of each sequence."""
-        return FLOPS_PER_WEIGHT * self.workload.batch * self.spec.embedding_parameters
+        return float(FLOPS_PER_WEIGHT * self.workload.batch * self.spec.embedding_parameters)
 
     def _time(self, moved: Floats, flops: Floats) -> float:
         return float(power_mean(moved / self.bandwidth, flops / self.speed).sum())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.bitmap import BitMap
 from dmpq.errors import InputError
+from dmpq.hardware_tables import say
 from dmpq.hw_models import (
     Explanation,
     HardwareModel,
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         return 0
     for model, one in zip(models, explanations, strict=True):
         for note in (*model.unsupported(bitmap.menu), *_other_figures(bitmap, model)):
-            console.print(f"  note: {note}")
+            say(console, f"note: {note}")
         print_explanation(one, console, routing=routing)
     return 0
 
@@ -184,15 +185,19 @@ def print_explanation(explanation: Explanation, console: Console, *, routing: st
         routing: What routing was assumed, in words.
     """
     work, total = explanation.workload, Part.total(explanation.parts)
-    console.print(
-        f"  {explanation.device} (stack {explanation.stack}), {explanation.model}:\n"
-        f"  {work.phase}, batch {work.batch}, context {work.context}, {routing} routing"
+    say(
+        console,
+        f"{explanation.device} (stack {explanation.stack}), {explanation.model}:\n"
+        f"{work.phase}, batch {work.batch}, context {work.context}, {routing} routing",
     )
     console.print(parts_table(explanation))
     console.print(formats_table(explanation))
-    console.print(
-        f"  energy: {explanation.power_w:,.0f} W on average, for the time of each part\n"
-        f"  memory: {total.stored_bytes / 1e9:,.3g} of {explanation.capacity_bytes / 1e9:,.4g} GB"
+    say(
+        console,
+        "unpack: dequantizing weights; fixed: launches and overheads\n"
+        f"energy: {explanation.power_w:,.0f} W on average, for the time of each part\n"
+        f"memory: {total.stored_bytes / GIGABYTE:,.3g} of "
+        f"{explanation.capacity_bytes / GIGABYTE:,.4g} GB",
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.errors import InputError, unknown
 from dmpq.hardware_files import check_out, write_out
+from dmpq.hardware_tables import say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     from dmpq.hw_models.points import Outside, Point
 
 _DESCRIPTION: Final = """\
-Estimate the figures of a device's kernel stack from measured points, through the same analytical
-model that costs are computed by, and say how far it is off: on these points, and on the points of
-each model by a fit to the others.
+Estimate the figures of a device's kernel stack from measured points, through
+the same analytical model that costs are computed by, and say how far it is
+off: on these points, and on the points of each model by a fit to the others.
 
-The file has one row per point: kind (moe_layer, decode, prefill, speedup), device, stack, model,
-precision, batch, context, value, unit (s, ms, us, tokens/s, x), power_w (optional), source.
+The file has one row per point: kind (moe_layer, decode, prefill, speedup),
+device, stack, model, precision, batch, context, value, unit (s, ms, us,
+tokens/s, x), power_w (optional), source.
 """
 
 
@@ -156,7 +158,7 @@ def _show_outside(outside: list[Outside], console: Console) -> None:
     for reason, rows in reasons.items():
         console.print(f"\n  {len(rows)} outside, {reason}:")
         for row in rows:
-            console.print(f"    {row}", soft_wrap=False)
+            say(console, row, indent=4)
 
 
 def _groups(points: list[Point], wanted: str | None) -> dict[tuple[str, str], list[Point]]:

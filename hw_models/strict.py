@@ -61,7 +61,7 @@ def read_file(
         ) from error
     except UNREADABLE as error:
         raise InputError(
-            f"The {what} file {str(path)[:_SHOWN]} cannot be read: {why_unreadable(error)}."
+            f"The {what} file {path} cannot be read: {why_unreadable(error)}."
         ) from error
     return described
 

@@ -15,6 +15,7 @@ from dmpq.formats import Menu
 from dmpq.hardware import main
 from dmpq.hw_models import Workload, load_hardware
 from dmpq.hw_models.catalogue import MEASURED, list_hardware
+from dmpq.hw_models.machine import cache_folder
 from dmpq.hw_models.points import read_points
 from dmpq.spec import load_geometry
 
@@ -337,3 +338,17 @@ def test_the_largest_workload_has_finite_costs(name):
     cost = model.cost(spec, menu, np.zeros((1, spec.num_experts), int), work)
     for values in (cost.latency_s, cost.memory_bytes, cost.energy_j):
         assert np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("command", ["list", "show", "explain", "fit", "measure"])
+def test_help_fits_80_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+def test_a_cache_folder_must_be_absolute_for_measurements_and_simulations_alike(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    for kind in ("measurements", "systolic"):
+        assert cache_folder(kind).is_absolute()

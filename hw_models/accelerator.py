@@ -17,7 +17,6 @@ from dmpq.formats import FULL_WIDTH, QUANTIZED_WIDTHS, Format
 from dmpq.hw_models.strict import read_file, refuse_bad_name, refuse_unsourced, schema_of
 
 SCHEMA: Final = "dmpq.accelerator/1"
-BITS_PER_BYTE: Final = 8
 
 Dataflow = Literal["ws", "os", "is"]
 

@@ -14,6 +14,8 @@ from dmpq.spec import ModelSpec
 
 Floats = NDArray[np.float64]
 Phase = Literal["decode", "prefill"]
+
+BITS_PER_BYTE: Final = 8
 _MOST: Final = 10**9
 
 

@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.formats import FULL_WIDTH, Format, Menu
-from dmpq.hw_models.base import Floats, Workload
+from dmpq.hw_models.base import BITS_PER_BYTE, Floats, Workload
 from dmpq.hw_models.device import Device, Stack
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
 from dmpq.spec import ModelSpec, MoELayer
 
-BITS_PER_BYTE: Final = 8
 FLOPS_PER_WEIGHT: Final = 2
 
 

@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return refuse(
-            f"There is not enough memory ({first_line(error)}); give a smaller --cost-geometry."
-        )
+        return refuse(f"There is not enough memory ({first_line(error)}); take a smaller model.")
     except KeyboardInterrupt:
         return INTERRUPTED
     return code

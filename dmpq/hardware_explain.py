@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.bitmap import BitMap
 from dmpq.errors import InputError
+from dmpq.hardware_tables import say
 from dmpq.hw_models import (
     Explanation,
     HardwareModel,
@@ -19,6 +20,8 @@ from dmpq.hw_models import (
     explainable,
     load_hardware,
 )
+from dmpq.hw_models.catalogue import MEASURED, find_device
+from dmpq.limits import GIGABYTE, device_memory, usable_bytes
 from dmpq.profile import Profile
 from dmpq.spec import ModelSpec, load_geometry
 
@@ -66,8 +69,8 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     spec = cost_geometry(bitmap)
     workload = _workload(bitmap, arguments)
     inclusion = None if arguments.profile is None else _routing(arguments.profile, bitmap)
-    named = [load_hardware(name) for name in arguments.hw or ()]
-    models = named or [_own_hardware(bitmap)]
+    names = arguments.hw or [_own_name(bitmap)]
+    models = [_load(name) for name in names]
     explanations = [
         explainable(model).explain(
             spec,
@@ -78,14 +81,16 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         )
         for model in models
     ]
+    for model, one in zip(models, explanations, strict=True):
+        refuse_too_large(one, model.name)
     routing = "uniform" if inclusion is None else f"as measured in {arguments.profile}"
     if arguments.json:
         found = [{"routing": routing, **one.to_json()} for one in explanations]
         sys.stdout.write(json.dumps(found, indent=2, allow_nan=False) + "\n")
         return 0
     for model, one in zip(models, explanations, strict=True):
-        for note in model.unsupported(bitmap.menu):
-            console.print(f"  note: {note}")
+        for note in (*model.unsupported(bitmap.menu), *_other_figures(bitmap, model)):
+            say(console, f"note: {note}")
         print_explanation(one, console, routing=routing)
     return 0
 
@@ -97,15 +102,62 @@ def cost_geometry(bitmap: BitMap) -> ModelSpec:
     return own if name == "own" else own.with_widths_of(load_geometry(name))
 
 
-def _own_hardware(bitmap: BitMap) -> HardwareModel:
+def refuse_too_large(explanation: Explanation, name: str) -> None:
+    """Refuse a map that the device cannot hold: no figure of such a step means anything.
+
+    Args:
+        explanation: Of the map.
+        name: Of the device.
+
+    Raises:
+        InputError: With what takes most of the memory.
+    """
+    needed, capacity = Part.total(explanation.parts).stored_bytes, explanation.capacity_bytes
+    if needed <= usable_bytes(capacity):
+        return
+    stored: dict[str, float] = {}
+    for part in explanation.parts:
+        stored[part.name] = stored.get(part.name, 0.0) + part.stored_bytes
+    most = max(stored, key=lambda part: stored[part])
+    raise InputError(
+        f"The map takes {needed / GIGABYTE:,.2f} GB at {explanation.model}, of which "
+        f"{stored[most] / GIGABYTE:,.2f} for {most}, and {name} has {device_memory(capacity)}; "
+        "give a larger device, a smaller --batch or --context, or a map of narrower formats."
+    )
+
+
+def _own_name(bitmap: BitMap) -> str:
+    """Return the name of the device that a bit map was made for, its kernel stack with it."""
     name, stack = bitmap.hardware["name"], bitmap.hardware["stack"]
     try:
-        return load_hardware(f"{name}/{stack}")
+        find_device(name)[0].stack(stack)
     except InputError as error:
         raise InputError(
-            f"The bit map was made for {name} with stack {stack}, which cannot be loaded here "
-            f"({str(error).rstrip('.')}); name a device with --hw."
+            f"The bit map was made for {name} with stack {stack}, of which there is no device "
+            "file here; name an analytical device, or give a device file, with --hw."
         ) from error
+    return f"{name}/{stack}"
+
+
+def _load(name: str) -> HardwareModel:
+    if name in MEASURED:  # before minutes of measuring
+        raise InputError(
+            f"{name} is measured as a whole, so its costs have no parts to explain; name a device "
+            "with an analytical model with --hw, such as a100."
+        )
+    return load_hardware(name)
+
+
+def _other_figures(bitmap: BitMap, model: HardwareModel) -> tuple[str, ...]:
+    """Return a note where the map was made with other figures of the same device."""
+    made_for = bitmap.hardware
+    same = (made_for["name"], made_for["stack"]) == (model.name, model.stack)
+    if not same or made_for["source"] == model.source:
+        return ()
+    return (
+        f"the map was made with other figures of {model.name}/{model.stack} than those loaded "
+        "here, so its own costs may differ",
+    )
 
 
 def _workload(bitmap: BitMap, arguments: argparse.Namespace) -> Workload:
@@ -133,15 +185,19 @@ def print_explanation(explanation: Explanation, console: Console, *, routing: st
         routing: What routing was assumed, in words.
     """
     work, total = explanation.workload, Part.total(explanation.parts)
-    console.print(
-        f"  {explanation.device} (stack {explanation.stack}), {explanation.model}:\n"
-        f"  {work.phase}, batch {work.batch}, context {work.context}, {routing} routing"
+    say(
+        console,
+        f"{explanation.device} (stack {explanation.stack}), {explanation.model}:\n"
+        f"{work.phase}, batch {work.batch}, context {work.context}, {routing} routing",
     )
     console.print(parts_table(explanation))
     console.print(formats_table(explanation))
-    console.print(
-        f"  energy: {explanation.power_w:,.0f} W on average, for the time of each part\n"
-        f"  memory: {total.stored_bytes / 1e9:,.3g} of {explanation.capacity_bytes / 1e9:,.4g} GB"
+    say(
+        console,
+        "unpack: dequantizing weights; fixed: launches and overheads\n"
+        f"energy: {explanation.power_w:,.0f} W on average, for the time of each part\n"
+        f"memory: {total.stored_bytes / GIGABYTE:,.3g} of "
+        f"{explanation.capacity_bytes / GIGABYTE:,.4g} GB",
     )
 
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.errors import InputError, unknown
+from dmpq.hardware_files import check_out, write_out
+from dmpq.hardware_tables import say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dmpq.hw_models.calibration_errors import Calibration
+    from dmpq.hw_models.device import Device
     from dmpq.hw_models.points import Outside, Point
 
 _DESCRIPTION: Final = """\
-Estimate the figures of a device's kernel stack from measured points, through the same analytical
-model that costs are computed by, and say how far it is off: on these points, and on the points of
-each model by a fit to the others.
+Estimate the figures of a device's kernel stack from measured points, through
+the same analytical model that costs are computed by, and say how far it is
+off: on these points, and on the points of each model by a fit to the others.
 
-The file has one row per point: kind (moe_layer, decode, prefill, speedup), device, stack, model,
-precision, batch, context, value, unit (s, ms, us, tokens/s, x), power_w (optional), source.
+The file has one row per point: kind (moe_layer, decode, prefill, speedup),
+device, stack, model, precision, batch, context, value, unit (s, ms, us,
+tokens/s, x), power_w (optional), source.
 """
 
 
@@ -55,7 +59,6 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     Raises:
         InputError: If the points, the scope or the device are refused.
     """
-    from dmpq.files import replace_atomically
     from dmpq.hw_models.calibrated_file import file_bytes, only, updated
     from dmpq.hw_models.calibration_errors import calibrate
     from dmpq.hw_models.points import read_points
@@ -63,14 +66,19 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
 
     if arguments.out is not None and arguments.device is None:
         raise InputError("--out writes one device file; say which by --device NAME/STACK.")
+    if arguments.out is not None:
+        check_out(arguments.out)
     scope = Scope() if arguments.scope is None else read_scope(arguments.scope)
     points, outside = read_points(arguments.points)
     groups = _groups(points, arguments.device)
     found: list[Calibration] = []
     for (device_name, stack), group in groups.items():
-        device = _device(device_name)
-        if device is None:
-            outside += [_outside(p, "no device file of this name") for p in group]
+        try:
+            device = _device(device_name)
+        except InputError as error:
+            if arguments.device is not None:
+                raise
+            outside += [_outside(p, _clause(error)) for p in group]
             continue
         inside, others = scope.split(group, device)
         outside += others
@@ -81,9 +89,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
                 raise
             outside += [_outside(p, _clause(error)) for p in inside]
     if not found:
+        reasons = Counter(one.reason for one in outside)
+        said = "; ".join(f"{count} outside, {reason}" for reason, count in reasons.most_common(3))
         raise InputError(
             f"The points file {arguments.points} has no device and kernel stack with enough "
-            "points to fit; give at least 3 of one."
+            f"points to fit ({said}); give at least 3 of one."
         )
     if arguments.json:
         print(json.dumps(_as_json(found, outside, scope.words()), indent=2))  # noqa: T201
@@ -95,7 +105,7 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         origin = f"{arguments.points.name} (scope: {scope.words()})"
         content = _content(found[0].points[0].device)
         data = updated(content, found[0], origin=origin)
-        replace_atomically(arguments.out, file_bytes(only(data, [found[0].fit.stack.name])))
+        write_out(arguments.out, file_bytes(only(data, [found[0].fit.stack.name])))
         if not arguments.json:
             console.print(f"  wrote {arguments.out}")
     return 0
@@ -148,7 +158,7 @@ def _show_outside(outside: list[Outside], console: Console) -> None:
     for reason, rows in reasons.items():
         console.print(f"\n  {len(rows)} outside, {reason}:")
         for row in rows:
-            console.print(f"    {row}", soft_wrap=False)
+            say(console, row, indent=4)
 
 
 def _groups(points: list[Point], wanted: str | None) -> dict[tuple[str, str], list[Point]]:
@@ -168,14 +178,18 @@ def _groups(points: list[Point], wanted: str | None) -> dict[tuple[str, str], li
     return {names[wanted]: groups[names[wanted]]}
 
 
-def _device(name: str) -> Any:
-    """Return the facts of a shipped device, or ``None``."""
-    from dmpq.hw_models import AnalyticalModel, list_hardware, load_hardware
+def _device(name: str) -> Device:
+    """Return the facts of a shipped device, or of a user's own by its file.
 
-    if name not in list_hardware() and not name.endswith(".json"):
-        return None
-    model = load_hardware(name)
-    return model.facts if isinstance(model, AnalyticalModel) else None
+    Raises:
+        InputError: If there is no such device, or it is named otherwise than its file.
+    """
+    from dmpq.hw_models.catalogue import find_device
+
+    device, _ = find_device(name)
+    if device.name != name and not name.endswith(".json"):
+        raise InputError(f"The points call the device {name!r}; write it as {device.name!r}.")
+    return device
 
 
 def _content(name: str) -> dict[str, Any]:
@@ -196,7 +210,9 @@ def _outside(point: Point, reason: str) -> Outside:
 
 
 def _clause(error: InputError) -> str:
-    return str(error).partition(";")[0]
+    """Return what is wrong, without the remedy, to stand within a sentence."""
+    text = str(error).partition(";")[0]
+    return text[:1].lower() + text[1:]
 
 
 def _as_json(found: list[Calibration], outside: list[Outside], scope: str) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import os
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.console import plain_console, progress_bars
 from dmpq.errors import InputError, unknown
+from dmpq.hardware_files import check_out, write_out
 from dmpq.hw_models.catalogue import MEASURED
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from dmpq.hw_models.live import LiveModel
     from dmpq.hw_models.measurements import Measurements, Points
     from dmpq.spec import ModelSpec
+
+_MOST_THREADS: Final = 1024
 
 
 def add_parser(subparsers: Any) -> None:
@@ -97,17 +100,17 @@ def measure(arguments: argparse.Namespace) -> Measurements:
 
     if arguments.hw not in MEASURED:
         raise unknown("hardware to measure", arguments.hw, MEASURED)
-    out = arguments.out
-    if out is not None and (out.suffix != ".json" or not out.absolute().parent.is_dir()):
-        raise InputError(f"--out {out} is no .json file in a folder that exists; give one.")
+    if arguments.out is not None:
+        check_out(arguments.out)
     workload = Workload(arguments.phase, arguments.batch, arguments.context)
     menu, spec = Menu.parse(arguments.bits), _spec(arguments.model, arguments.cost_geometry)
+    _ = spec.stored_bits(menu)  # refuses groups that divide no width
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     model = _model(arguments)
     with progress_bars(plain_console(stderr=True)) as show:
         record = replace(model, progress=show).measured(spec, menu, workload).record
-    if out is not None:
-        record.write(out)
+    if arguments.out is not None:
+        write_out(arguments.out, record.to_bytes())
     return record
 
 
@@ -130,6 +133,10 @@ def _model(arguments: argparse.Namespace) -> LiveModel:
         return cuda_model(tdp_w=arguments.tdp_w)
     if arguments.tdp_w is not None:
         raise InputError("--tdp-w is the board power of a GPU; give it with --hw cuda.")
+    if arguments.threads is not None and not 1 <= arguments.threads <= _MOST_THREADS:
+        raise InputError(
+            f"--threads {arguments.threads} makes no sense; give 1 to {_MOST_THREADS:,}."
+        )
     return host_model(threads=arguments.threads)
 
 

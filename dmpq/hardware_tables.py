@@ -100,10 +100,10 @@ def run_show(arguments: argparse.Namespace, console: Console) -> int:
     console.print(f"{device.name}: {device.description}", style="bold")
     others = [alias for alias, known in ALIASES.items() if known == device.name]
     if others:
-        _say(console, f"also {', '.join(others)}")
+        say(console, f"also {', '.join(others)}")
     if device.note is not None:
-        _say(console, f"note: {device.note}")
-    _say(console, "peaks are dense")
+        say(console, f"note: {device.note}")
+    say(console, "peaks are dense")
     figures = {name: _shown(name, value) for name, value in device.figures().items()}
     _print_figures(device, figures, console)
     for stack in stacks:
@@ -115,14 +115,14 @@ def _show_accelerator(facts: Accelerator, arguments: argparse.Namespace, console
     if arguments.json:
         return _print_json(asdict(facts))
     console.print(f"{facts.name}: {facts.description}", style="bold")
-    _say(console, "simulated with SCALE-Sim, not calibrated")
+    say(console, "simulated with SCALE-Sim, not calibrated")
     figures = {
         name: _shown(name, value) if isinstance(value, int | float) else _listed(value)
         for name, value in facts.figures().items()
     }
     _print_figures(facts, figures, console)
     for note in SystolicModel(facts, _never).unsupported(_MENU):
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
     return 0
 
 
@@ -154,9 +154,9 @@ def _print_stack(device: Device, stack: Stack, console: Console) -> None:
     console.print(f"\nstack {device.name}/{stack.name}{default}, {fitted}", style="bold")
     own = figures(stack)
     assumed = tuple(own) if all_assumed else stack.assumed
-    _say(console, f"{'assumed: ' if all_assumed else ''}{stack.source}")
+    say(console, f"{'assumed: ' if all_assumed else ''}{stack.source}")
     line = [f"{name} {_shown(name, v)}{_mark(name, assumed)}" for name, v in own.items()]
-    _say(console, ", ".join(line))
+    say(console, ", ".join(line))
     table = _table("memory", "compute", "launch", "unpacking", title="bits")
     table.add_column("math", no_wrap=True)
     for kernel in stack.kernels:
@@ -171,22 +171,22 @@ def _print_stack(device: Device, stack: Stack, console: Console) -> None:
             kernel.math if kernel.passes == 1 else f"{kernel.passes} x {kernel.math}",
         )
     console.print(table)
-    _say(console, "* assumed; memory, compute: shares of bandwidth and peak; unpacking: weights")
+    say(console, "* assumed; memory, compute: shares of bandwidth and peak; unpacking: weights")
     for kernel in stack.kernels:
-        _say(console, f"{kernel.bits} bits: {kernel.source}")
+        say(console, f"{kernel.bits} bits: {kernel.source}")
     for note in AnalyticalModel(device, stack).unsupported(_MENU):
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
 def _calibrated(device: Device, stack: Stack) -> bool:
     return AnalyticalModel(device, stack).calibrated
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str, *, indent: int = 2) -> None:
     """Print a paragraph, its further lines under its first."""
     from rich.padding import Padding
 
-    console.print(Padding(text, (0, 0, 0, 2)))
+    console.print(Padding(text, (0, 0, 0, indent), expand=False))
 
 
 def _table(*numbers: str, title: str) -> Table:

@@ -23,6 +23,7 @@ _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts",
 _TOP_KS: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
 _EXPERT_WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 _MAX_COUNT: Final = 1 << 40
+_MAX_LAYERS: Final = 1 << 16
 _DENSE_WIDTHS: Final = ("intermediate_size_mlp", "intermediate_size")
 
 
@@ -125,6 +126,7 @@ class ModelSpec:
                 f"{self.name} has {len(self.moe_layers)} MoE layers among {self.num_layers}; "
                 "there must be at least one, and no more than layers."
             )
+        _check_layers(self.num_layers, self.name)
         if len({layer.path for layer in self.moe_layers}) != len(self.moe_layers):
             raise InputError(f"{self.name} names an experts path twice; every path must differ.")
 
@@ -276,6 +278,7 @@ class ModelSpec:
                 "use a Mixture-of-Experts model."
             )
         layers = _first(text, ("num_hidden_layers",), name)
+        _check_layers(layers, name)
         width = _first(text, _EXPERT_WIDTHS, name)
         if paths is None:
             sparse = [i for i in range(layers) if _is_sparse(text, i)]
@@ -412,6 +415,12 @@ def _latent_attention_parameters(config: Mapping[str, Any], hidden: int, heads: 
     query = hidden * query_rank + query_rank + query_rank * out if query_rank else hidden * out
     cache = hidden * (rank + rope) + rank + rank * heads * (plain + value)
     return int(query + cache + heads * value * hidden)
+
+
+def _check_layers(layers: int, name: str) -> None:
+    """Refuse more layers than any model has: costs take memory for each."""
+    if layers > _MAX_LAYERS:
+        raise InputError(f"{name} has {layers} layers; give a model of at most {_MAX_LAYERS}.")
 
 
 def _check_numbers(owner: MoELayer | ModelSpec, *, may_be_zero: Sequence[str]) -> None:

@@ -12,12 +12,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Final, Literal
 
-from dmpq.errors import InputError
+from dmpq.errors import InputError, unknown
 from dmpq.formats import FULL_WIDTH, QUANTIZED_WIDTHS, Format
-from dmpq.hw_models.strict import read_file, refuse_unsourced, schema_of
+from dmpq.hw_models.strict import read_file, refuse_bad_name, refuse_unsourced, schema_of
 
 SCHEMA: Final = "dmpq.accelerator/1"
-BITS_PER_BYTE: Final = 8
 
 Dataflow = Literal["ws", "os", "is"]
 
@@ -95,6 +94,7 @@ class Accelerator:
     assumed: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        refuse_bad_name(self.name)
         widths = (*QUANTIZED_WIDTHS, FULL_WIDTH)
         if not self.weight_bits or not set(self.weight_bits) <= set(widths):
             raise InputError(
@@ -115,6 +115,9 @@ class Accelerator:
                 f"{self.activation_bits}; partial sums are at least as wide as activations"
             )
         refuse_unsourced(self.figures(), self.sources, self.assumed)
+        for name in (*self.sources, *self.assumed):
+            if name not in self.figures():
+                raise unknown("figure under sources or assumed", name, self.figures())
 
     def figures(self) -> dict[str, object]:
         """Return everything that needs a source, by name."""
@@ -160,8 +163,10 @@ def find_accelerator(name: str) -> Accelerator | None:
     Raises:
         InputError: If it is an accelerator file, and something in it is wrong.
     """
-    if name.endswith(".json") and schema_of(Path(name)) == SCHEMA:
-        return read_accelerator(Path(name))
+    if name.endswith(".json"):
+        schema = schema_of(Path(name))
+        ours = schema is not None and schema.startswith(f"{SCHEMA.partition('/')[0]}/")
+        return read_accelerator(Path(name)) if ours else None
     known = name.casefold()
     return shipped_accelerator(known) if known in list_accelerators() else None
 

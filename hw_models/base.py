@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Final, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from dmpq.spec import ModelSpec
 
 Floats = NDArray[np.float64]
 Phase = Literal["decode", "prefill"]
+
+BITS_PER_BYTE: Final = 8
+_MOST: Final = 10**9
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ class Workload:
             raise unknown("phase", self.phase, get_args(Phase))
         for name in ("batch", "context"):
             value = getattr(self, name)
-            if value < 1:
-                raise InputError(f"The workload's {name} is {value}; it must be 1 or more.")
+            if not 1 <= value <= _MOST:
+                raise InputError(
+                    f"The workload's {name} is {value}; it must be 1 or more, at most {_MOST:,}."
+                )
 
     @property
     def tokens(self) -> int:

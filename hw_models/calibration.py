@@ -185,8 +185,9 @@ def choose_parameters(stack: Stack, points: Sequence[Point]) -> tuple[str, ...]:
         InputError: If there are fewer than 3 points.
     """
     if len(points) < _FEWEST:
+        what = "point" if len(points) == 1 else "points"
         raise InputError(
-            f"The stack {stack.name!r} has {len(points)} measured points in scope; give at least "
+            f"The stack {stack.name!r} has {len(points)} measured {what} in scope; give at least "
             f"{_FEWEST} to fit it."
         )
     names: list[str] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -94,6 +95,8 @@ def load_hardware(name: str, *, progress: Progress | None = None) -> HardwareMod
         return MeasuredModel(read_measurements(Path(name)))
     simulated = find_accelerator(name)
     if simulated is not None:
+        if name.endswith(".json"):
+            _refuse_taken(simulated.name, (*MEASURED, *list_hardware()), f"The file {name}")
         return SystolicModel.of(simulated)
     device, stack = find_device(name)
     return AnalyticalModel(device, device.stack(stack))
@@ -107,10 +110,12 @@ def find_device(name: str) -> tuple[Device, str | None]:
     """
     path, ending, stack = name.rpartition(".json")
     if ending and (not stack or stack.startswith("/")):
-        return _own(Path(path + ending)), stack[1:] or None
+        return _own(Path(path + ending)), stack[1:] if stack else None
     device_name, slash, stack = name.partition("/")
     known = device_name.casefold()
     known = ALIASES.get(known, known)
+    if known in (*MEASURED, *list_accelerators()):
+        raise InputError(_no_device_file(known))
     if known not in list_hardware():
         names = [*list_hardware(), *list_accelerators(), *MEASURED]
         near = did_you_mean(device_name, [*names, *ALIASES])
@@ -128,22 +133,42 @@ def shipped(name: str) -> Device:
         return read_device(path)
 
 
+def _no_device_file(name: str) -> str:
+    """Return why a name that exists has no figures and no kernel stacks, and what to do."""
+    if name in MEASURED:
+        return (
+            f"{name} is measured when it is used, so it has no device file and no kernel stacks; "
+            f"give --hw {name} to a search, or see python -m dmpq.hardware measure."
+        )
+    return f"{name} is simulated, so it has no kernel stacks; write {name} alone."
+
+
 def _own(path: Path) -> Device:
     """Read a user's device file, and refuse what only the shipped ones show to be wrong."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # false where a name is too long, too
         raise InputError(
-            f"There is no device file {path}; choose a device by name "
+            f"There is no device file {str(path)[:200]}; choose a device by name "
             f"({', '.join(list_hardware())}), or give the path of a file."
         )
-    device = read_device(path)
-    if device.name.casefold() in MEASURED:
+    if holds_measurements(path) or find_accelerator(str(path)) is not None:
         raise InputError(
-            f"The device file {path} is refused: the name {device.name!r} is that of the machine "
-            "at hand; give it another."
+            f"The file {path} describes no device by its figures, but measurements or a simulated "
+            "accelerator; give it to --hw, without a kernel stack."
         )
+    device = read_device(path)
+    _refuse_taken(device.name, MEASURED, f"The device file {path}")
     for name in list_hardware():
         _refuse_sparse(device, shipped(name), path)
     return device
+
+
+def _refuse_taken(name: str, taken: Iterable[str], file: str) -> None:
+    """Refuse a file whose results could not be told from those of something else."""
+    if name.casefold() in taken:
+        what = "the machine at hand" if name.casefold() in MEASURED else "a shipped device"
+        raise InputError(
+            f"{file} is refused: the name {name!r} is that of {what}; give it another."
+        )
 
 
 def _refuse_sparse(device: Device, known: Device, path: Path) -> None:

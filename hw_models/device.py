@@ -14,7 +14,7 @@ from typing import Final, Literal, get_args
 
 from dmpq.errors import InputError, unknown
 from dmpq.formats import FULL_WIDTH, QUANTIZED_WIDTHS
-from dmpq.hw_models.strict import read_file, refuse_unsourced
+from dmpq.hw_models.strict import read_file, refuse_bad_name, refuse_unsourced
 
 SCHEMA: Final = "dmpq.device/1"
 WIDTHS: Final = (*QUANTIZED_WIDTHS, FULL_WIDTH)
@@ -232,8 +232,7 @@ class Device:
         if len(set(names)) != len(names):
             raise InputError("it names a kernel stack twice; name each once")
         for text in (self.name, *names):
-            if not text or not text.isprintable() or "/" in text:
-                raise InputError(f"{text!r} is no name; give printable text without a slash")
+            refuse_bad_name(text)
         self._check_power()
         self._check_peaks()
         figures = (*self.figures(), *(f"stacks.{name}" for name in names))

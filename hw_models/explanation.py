@@ -162,6 +162,6 @@ def explainable(hardware: HardwareModel) -> Explainable:
     if not isinstance(hardware, Explainable):
         raise InputError(
             f"The costs of {hardware.name} ({hardware.source.partition(';')[0]}) have no parts to "
-            "explain; leave --explain out, or ask for an analytical device such as --hw a100."
+            "explain; only a device with an analytical model, such as a100, can explain its costs."
         )
     return hardware

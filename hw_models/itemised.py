@@ -115,14 +115,14 @@ def resident_parts(
     table = spec.embedding_parameters
     head = shared_time(
         np.array(table * own / bandwidth),
-        np.array(FLOPS_PER_WEIGHT * workload.batch * table / speed),
+        np.array(resident.head_flops / speed),
     )
     yield Part(
         "head",
         memory_s=float(head[0]),
         compute_s=float(head[1]),
         traffic_bytes=float(table * own),
-        flops=float(FLOPS_PER_WEIGHT * workload.batch * table),
+        flops=resident.head_flops,
         stored_bytes=0.0 if spec.tie_word_embeddings else float(table * own),
     )
     yield Part("embedding", stored_bytes=float(table * own))

@@ -58,11 +58,14 @@ def memory_bytes() -> int:
         ) from error
 
 
-def cache_folder() -> Path:
-    """Return the folder where measurements of this machine are kept."""
+def cache_folder(kind: str = "measurements") -> Path:
+    """Return the folder where what was measured or simulated on this machine is kept.
+
+    In ``$XDG_CACHE_HOME``, which must be an absolute path to count, or in ``~/.cache``.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
-    return root / "dmpq" / "measurements"
+    return root / "dmpq" / kind
 
 
 def _lines(path: Path) -> list[str]:

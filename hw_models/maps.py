@@ -1,13 +1,18 @@
-"""Bit maps as hardware models take them, checked."""
+"""Bit maps as hardware models take them: checked, and summed over a table."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
 from dmpq.formats import Menu
+from dmpq.hw_models.base import Floats
 from dmpq.spec import ModelSpec
+
+_DECISIONS_AT_ONCE: Final = 1 << 20
 
 
 def checked_maps(
@@ -33,3 +38,21 @@ def checked_maps(
             f"{len(menu)} formats; give indices from 0 to {len(menu) - 1}."
         )
     return np.ascontiguousarray(maps, dtype=np.int64)
+
+
+def summed(table: Floats, maps: NDArray[np.integer]) -> Floats:
+    """Return the sum over each map's experts of a table (N, 2, B), shape (K,).
+
+    Added in the order of the experts whatever stands beside: a map costs the same to the bit
+    alone or among others.
+    """
+    experts, _, formats = table.shape
+    flat = table.sum(axis=1) if maps.shape[1] == experts else table.reshape(-1, formats)
+    start = np.arange(len(flat)) * formats
+    step = max(1, _DECISIONS_AT_ONCE // len(flat))
+    parts = [
+        np.ascontiguousarray(flat.ravel()[start + maps[i : i + step]]).sum(axis=1)
+        for i in range(0, max(len(maps), 1), step)
+    ]
+    total: Floats = np.concatenate(parts)
+    return total

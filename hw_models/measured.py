@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError
 from dmpq.formats import FULL_WIDTH, Format, Menu
 from dmpq.hw_models.base import Cost, Floats, Workload
-from dmpq.hw_models.maps import checked_maps
+from dmpq.hw_models.maps import checked_maps, summed
 from dmpq.hw_models.measurements import ExpertTiming, Measurements, Points
 from dmpq.hw_models.needs import lacking, needs, rows_when_active, seconds_at
 from dmpq.hw_models.resident import (
@@ -36,8 +36,6 @@ from dmpq.hw_models.resident import (
 )
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities
 from dmpq.spec import ModelSpec, MoELayer
-
-_DECISIONS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class MeasuredModel:
         tables = self._tables(spec, menu, workload, inclusion)
         stored = spec.stored_bits(menu) / 8
         latency, energy, memory = (
-            _summed(table, maps) for table in (tables.seconds, tables.joules, stored)
+            summed(table, maps) for table in (tables.seconds, tables.joules, stored)
         )
         return Cost(
             latency_s=latency + tables.other_s,
@@ -249,16 +247,3 @@ def _other_seconds(record: Measurements, spec: ModelSpec, workload: Workload) ->
         score_flops(spec, workload) / rate,
     )
     return layers + at(head_shape(spec), workload.batch) + attention
-
-
-def _summed(table: Floats, maps: NDArray[np.integer]) -> Floats:
-    """Return the sums of table entries, (N, 2, B), that maps (K, N) or (K, 2N) choose, (K,)."""
-    experts, _, formats = table.shape
-    split = maps.shape[1] == 2 * experts
-    flat = np.ascontiguousarray((table if split else table.sum(axis=1)).reshape(-1))
-    offsets = np.arange(maps.shape[1]) * formats
-    step = max(1, _DECISIONS_AT_ONCE // maps.shape[1])
-    sums = np.zeros(len(maps))
-    for i in range(0, len(maps), step):
-        sums[i : i + step] = flat[maps[i : i + step] + offsets].sum(axis=1)
-    return sums

@@ -24,11 +24,12 @@ The two layouts in which figures were published with this project are read as we
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -36,6 +37,7 @@ from typing import Any, Final, Literal, get_args
 
 from dmpq.errors import InputError, unknown
 from dmpq.formats import FULL_WIDTH, Menu
+from dmpq.hw_models.strict import refuse_bad_name, why_unreadable
 from dmpq.spec import GEOMETRIES, ModelSpec, MoELayer, load_geometry
 
 Kind = Literal["moe_layer", "decode", "prefill", "speedup"]
@@ -60,7 +62,7 @@ UNITS: Final[Mapping[Kind, tuple[str, ...]]] = {
     "speedup": ("x",),
 }
 _ROW_WISE: Final = "8g1048576"
-_MOST: Final = 1 << 30
+_MOST: Final = 10**9
 _EXTRA_GEOMETRIES: Final = ("gpt-oss-20b", "llama-3.1-8b", "qwen3-32b")
 
 
@@ -173,43 +175,79 @@ def read_points(path: str | Path) -> tuple[list[Point], list[Outside]]:
     Raises:
         InputError: If the file cannot be read, a column is missing, or a value is none.
     """
-    import pandas as pd
-
     from dmpq.hw_models import published
 
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise InputError(
-            f"The points file {path} cannot be read ({str(reason).strip().rstrip('.')}); give a "
-            "CSV file."
-        ) from error
+    header, rows = _read_csv(path)
     layouts = {COLUMNS: _own, **published.LAYOUTS}
-    columns = max(layouts, key=lambda names: len(set(names) & set(table.columns)) / len(names))
-    missing = [name for name in columns if name not in table.columns]
+    columns = max(layouts, key=lambda names: len(set(names) & set(header)) / len(names))
+    missing = [name for name in columns if name not in header]
     if missing:
         raise InputError(
             f"The points file {path} has no column {', '.join(missing)}; its first line must name "
-            f"{', '.join(columns)}."
+            f"{', '.join(columns)}, with commas between them."
         )
-    if table.empty:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"The points file {path} has two columns {twice[:40]!r}; name each column once."
+        )
+    if not rows:
         raise InputError(f"The points file {path} has no row; give at least one point.")
     points: list[Point] = []
     outside: list[Outside] = []
-    rows: list[dict[str, Any]] = [
-        dict(zip(table.columns, v, strict=True)) for v in table.to_numpy()
-    ]
-    for line, row in enumerate(rows, start=2):
+    first: dict[Point, int] = {}
+    for line, cells in rows.items():
         try:
-            got = layouts[columns](row, f"line {line}")
+            if len(cells) != len(header):
+                raise InputError(
+                    f"it has {len(cells)} values for {len(header)} columns; put quotes around "
+                    "text that holds a comma"
+                )
+            got = layouts[columns](dict(zip(header, cells, strict=True)), f"line {line}")
+            if isinstance(got, Outside):
+                outside.append(got)
+                continue
+            earlier = first.setdefault(replace(got, name=""), line)
+            if earlier != line and columns is COLUMNS:
+                raise InputError(
+                    f"it repeats line {earlier}; leave one of them out, or tell them apart by "
+                    "their source"
+                )
+            points.append(got)
         except InputError as error:
             raise InputError(
                 f"The points file {path}, line {line}: {str(error).rstrip('.')}."
             ) from error
-        points += [got] if isinstance(got, Point) else []
-        outside += [got] if isinstance(got, Outside) else []
     return points, outside
+
+
+def _read_csv(path: str | Path) -> tuple[list[str], dict[int, list[str]]]:
+    """Return a CSV file's first line, and its other rows by the line that they begin on.
+
+    Read by Python's own reader: pandas renames a column that is named twice, takes the first one
+    for an index where rows are longer than the header, and does not know on which line a row is.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    rows: dict[int, list[str]] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
+            line = 1
+            for cells in reader:
+                if any(map(str.strip, cells)):
+                    rows[line] = cells
+                line = reader.line_num + 1
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = why_unreadable(error) if not isinstance(error, csv.Error) else error
+        raise InputError(
+            f"The points file {path} cannot be read ({reason}); give a CSV file."
+        ) from error
+    if not rows:
+        raise InputError(f"The points file {path} cannot be read (it is empty); give a CSV file.")
+    header = rows.pop(min(rows))
+    return [name.strip() for name in header], rows
 
 
 def number(row: Mapping[str, Any], column: str, *, whole: bool = False) -> float:
@@ -220,12 +258,12 @@ def number(row: Mapping[str, Any], column: str, *, whole: bool = False) -> float
     """
     text = str(row[column]).strip()
     try:
-        value = float(text)
+        value = float(text) if text.isascii() and "_" not in text else math.nan
     except ValueError:
         value = math.nan
-    if not 0 < value < _MOST or (whole and value != round(value)):
+    if not 0 < value <= _MOST or (whole and value != round(value)):
         what = "a positive whole number" if whole else "a positive number"
-        raise InputError(f"{column} is {text[:40]!r}; give {what}")
+        raise InputError(f"{column} is {text[:40]!r}; give {what}, at most {_MOST:,}")
     return value
 
 
@@ -315,11 +353,16 @@ def _own(row: Mapping[str, Any], name: str) -> Point:
     tokens = batch * context if kind == "prefill" else batch
     stored = precision(text["precision"])
     if kind == "speedup":
-        _ = matrix_shape(text["model"])
         if stored.bits == FULL_WIDTH:
             raise InputError("precision is 16 bits, to which speed-ups are relative; give another")
+        shapes = [matrix_shape(text["model"])]
     else:
-        _ = geometry(text["model"])
+        found = geometry(text["model"])
+        layers = () if found.dense else found.spec.moe_layers
+        shapes = [s for layer in layers for s in (layer.gate_up_shape, layer.down_shape)]
+    for shape in shapes:  # whether groups divide it
+        _ = stored.menu.stored_bits(shape)
+    refuse_bad_name(text["stack"])
     return Point(
         name=name,
         kind=kind,  # type: ignore[arg-type]

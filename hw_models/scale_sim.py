@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import cache
@@ -28,6 +27,7 @@ import numpy as np
 from dmpq.errors import InputError
 from dmpq.files import JsonLines
 from dmpq.hw_models.accelerator import Dataflow
+from dmpq.hw_models.machine import cache_folder
 
 # Steps of a stream that are simulated; the rest continue in a line.
 STREAM_STEPS: Final = 512
@@ -126,9 +126,8 @@ class ScaleSim:
         return known[fold]
 
     def _path(self) -> Path:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         array = f"{self.dataflow}-{self.rows}x{self.columns}"
-        return Path(home) / "dmpq" / "systolic" / f"{array}-scalesim-{scale_sim_version()}.jsonl"
+        return cache_folder("systolic") / f"{array}-scalesim-{scale_sim_version()}.jsonl"
 
 
 def scale_sim_version() -> str:

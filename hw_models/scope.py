@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from dmpq.errors import InputError, unknown
 from dmpq.hw_models.calibration import faster_than_memory
 from dmpq.hw_models.device import Device
 from dmpq.hw_models.points import Outside, Point
+from dmpq.hw_models.strict import UNREADABLE, load_object, why_unreadable
 
 SCHEMA: Final = "dmpq.scope/1"
 _MOST: Final = 1 << 30
@@ -85,12 +85,11 @@ def read_scope(path: Path) -> Scope:
         InputError: If it cannot be read, or names or bounds are no scope's.
     """
     try:
-        data = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"The scope {path} cannot be read: {reason}.") from error
-    if not isinstance(data, dict) or data.pop("schema", None) != SCHEMA:
-        raise InputError(f'The scope {path} does not say "schema": "{SCHEMA}"; add it.')
+        data = load_object(path, schema=SCHEMA)
+    except InputError as error:
+        raise InputError(f"The scope {path} is refused: {str(error).rstrip('.')}.") from error
+    except UNREADABLE as error:
+        raise InputError(f"The scope {path} cannot be read: {why_unreadable(error)}.") from error
     names = [field.name for field in fields(Scope)]
     values = {}
     for name, value in data.items():

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.formats import Menu
-from dmpq.hw_models.accelerator import BITS_PER_BYTE, Accelerator
-from dmpq.hw_models.base import Cost, Floats, Workload
-from dmpq.hw_models.maps import checked_maps
+from dmpq.hw_models.accelerator import Accelerator
+from dmpq.hw_models.base import BITS_PER_BYTE, Cost, Floats, Workload
+from dmpq.hw_models.maps import checked_maps, summed
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
 from dmpq.hw_models.scale_sim import Layer, ScaleSim, scale_sim_version
 from dmpq.hw_models.traffic import Product, offchip_bytes
@@ -30,7 +30,6 @@ Simulator = Callable[[int, int, int], Layer]
 """(tokens, inputs, outputs) of a product → its cycles and accesses."""
 
 _JOULES_PER_PJ: Final = 1e-12
-_DECISIONS_AT_ONCE: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ class SystolicModel:
         maps = checked_maps(assignments, spec, menu)
         tables = self._tables(spec, menu, workload, inclusion)
         return Cost(
-            latency_s=_summed(tables.seconds, maps) + tables.resident_s,
-            memory_bytes=_summed(tables.stored_bytes, maps) + tables.resident_bytes,
-            energy_j=_summed(tables.joules, maps) + tables.resident_j,
+            latency_s=summed(tables.seconds, maps) + tables.resident_s,
+            memory_bytes=summed(tables.stored_bytes, maps) + tables.resident_bytes,
+            energy_j=summed(tables.joules, maps) + tables.resident_j,
         )
 
     def expert_latency(
@@ -295,21 +294,3 @@ def _resident_bytes(facts: Accelerator, spec: ModelSpec, workload: Workload) -> 
     bits = spec.other_parameters * facts.resident_bits
     bits += (cache + activations) * facts.activation_bits
     return bits / BITS_PER_BYTE
-
-
-def _summed(table: Floats, maps: NDArray[np.integer]) -> Floats:
-    """Return the sum over each map's experts of a table (N, 2, B), shape (K,).
-
-    Added in the order of the experts whatever stands beside: a map costs the same to the bit
-    alone or among others.
-    """
-    experts, _, formats = table.shape
-    flat = table.sum(axis=1) if maps.shape[1] == experts else table.reshape(-1, formats)
-    start = np.arange(len(flat)) * formats
-    step = max(1, _DECISIONS_AT_ONCE // len(flat))
-    parts = [
-        np.ascontiguousarray(flat.ravel()[start + maps[i : i + step]]).sum(axis=1)
-        for i in range(0, max(len(maps), 1), step)
-    ]
-    total: Floats = np.concatenate(parts)
-    return total

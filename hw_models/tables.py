@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.formats import FULL_WIDTH, Format, Menu
-from dmpq.hw_models.base import Floats, Workload
+from dmpq.hw_models.base import BITS_PER_BYTE, Floats, Workload
 from dmpq.hw_models.device import Device, Stack
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
 from dmpq.spec import ModelSpec, MoELayer
 
-BITS_PER_BYTE: Final = 8
 FLOPS_PER_WEIGHT: Final = 2
 
 
@@ -209,9 +208,9 @@ class Resident:
         return self.spec.embedding_parameters * self.weight_bytes
 
     @property
-    def head_flops(self) -> int:
+    def head_flops(self) -> float:
         """Operations of the head: the last token of each sequence."""
-        return FLOPS_PER_WEIGHT * self.workload.batch * self.spec.embedding_parameters
+        return float(FLOPS_PER_WEIGHT * self.workload.batch * self.spec.embedding_parameters)
 
     def _time(self, moved: Floats, flops: Floats) -> float:
         return float(power_mean(moved / self.bandwidth, flops / self.speed).sum())

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dmpq.hw_models.accelerator import BITS_PER_BYTE, Accelerator
+from dmpq.hw_models.accelerator import Accelerator
+from dmpq.hw_models.base import BITS_PER_BYTE
 
 
 class Product(NamedTuple):

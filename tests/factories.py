@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dmpq.bitmap import BitMap, assignment_from
 from dmpq.formats import Menu
 from dmpq.hw_models import load_hardware
 from dmpq.objective import Constraints, Weights
@@ -132,3 +134,38 @@ def make_problem(
         ),
         **{"cost_spec": profile.spec, **options},
     )
+
+
+def write_bitmap(folder: Path) -> Path:
+    """Write a bit map of a synthetic problem, and its profile beside it; returns the bit map."""
+    problem = make_problem()
+    chosen = problem.mckp()
+    cost = problem.costs(chosen[None])
+    file = folder / "bitmap.json"
+    BitMap(
+        model={"id": "x", "revision": None, "architecture": "X", "fingerprint": "0" * 64},
+        geometry=problem.spec,
+        menu=problem.menu,
+        assignment=assignment_from(problem.spec, problem.menu, chosen),
+        objective={"weights": {"acc": 1.0}, "signal": "kl"},
+        constraints={"avg_bits": 3.0},
+        hardware={
+            "name": "a100",
+            "stack": "sglang",
+            "calibrated": False,
+            "source": "x",
+            "cost_geometry": "own",
+        },
+        workload={"phase": "decode", "batch": 2, "context": 128},
+        text={"dataset": "x", "sequence_length": 2, "heldout_tokens": 1},
+        serve="expert",
+        metrics={
+            "predicted": {"latency": {"value": float(cost.latency_s[0]), "unit": "s"}},
+            "measured": {},
+        },
+        search={"agent": "x", "seed": 0, "evaluations": 1, "tokens": 0.0},
+        versions={"dmpq": "0"},
+        git_revision=None,
+    ).write(file)
+    problem.profile.save(folder / "profile.safetensors")
+    return file

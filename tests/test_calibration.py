@@ -240,7 +240,9 @@ def test_there_are_always_fewer_parameters_than_points(points):
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_too_few_points_are_refused(count):
-    with pytest.raises(InputError, match=f"has {count} measured points in scope; give at least 3"):
+    with pytest.raises(
+        InputError, match=f"has {count} measured points? in scope; give at least 3"
+    ):
         calibrate(A100, "mine", layers()[:count])
 
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from factories import make_problem
+from factories import make_problem, write_bitmap
 
-from dmpq.bitmap import BitMap, assignment_from
 from dmpq.console import CommandParser, plain_console
 from dmpq.errors import InputError
 from dmpq.formats import Menu
@@ -124,37 +123,7 @@ def test_a_cost_without_parts_is_said_so():
 @pytest.fixture
 def bitmap(tmp_path):
     """A bit map of a synthetic problem, in a file."""
-    problem = make_problem()
-    chosen = problem.mckp()
-    cost = problem.costs(chosen[None])
-    file = tmp_path / "bitmap.json"
-    BitMap(
-        model={"id": "x", "revision": None, "architecture": "X", "fingerprint": "0" * 64},
-        geometry=problem.spec,
-        menu=problem.menu,
-        assignment=assignment_from(problem.spec, problem.menu, chosen),
-        objective={"weights": {"acc": 1.0}, "signal": "kl"},
-        constraints={"avg_bits": 3.0},
-        hardware={
-            "name": "a100",
-            "stack": "sglang",
-            "calibrated": False,
-            "source": "x",
-            "cost_geometry": "own",
-        },
-        workload={"phase": "decode", "batch": 2, "context": 128},
-        text={"dataset": "x", "sequence_length": 2, "heldout_tokens": 1},
-        serve="expert",
-        metrics={
-            "predicted": {"latency": {"value": float(cost.latency_s[0]), "unit": "s"}},
-            "measured": {},
-        },
-        search={"agent": "x", "seed": 0, "evaluations": 1, "tokens": 0.0},
-        versions={"dmpq": "0"},
-        git_revision=None,
-    ).write(file)
-    problem.profile.save(tmp_path / "profile.safetensors")
-    return file
+    return write_bitmap(tmp_path)
 
 
 def explain(*arguments):

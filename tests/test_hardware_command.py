@@ -140,7 +140,7 @@ def test_show_ignores_markup_in_a_users_file(capsys, tmp_path):
         (("show", "a100/gemlit"), "did you mean 'gemlite'?"),
         (("show", "nowhere.json"), "no device file nowhere.json"),
         (("show", "x" * 100_000), "Unknown hardware"),
-        (("show", "host"), "Unknown hardware"),
+        (("show", "host"), "host is measured when it is used"),
         (("list", "--jsn"), "--help"),
     ],
 )

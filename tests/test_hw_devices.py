@@ -397,8 +397,8 @@ def test_hostile_stacks_are_refused(tmp_path, change, message):
         (lambda d: d["sources"].update(bandwidth="x"), "Unknown figure under sources"),
         (lambda d: d.update(name="host"), "machine at hand"),
         (lambda d: d.update(name="CUDA"), "machine at hand"),
-        (lambda d: d.update(name="a\nb"), "is no name"),
-        (lambda d: d.update(note=7), "of type str"),
+        (lambda d: d.update(name="a\nb"), "control codes"),
+        (lambda d: d.update(note=7), "must be text"),
         (
             lambda d: d.update(power={"base_w": 401.0, "memory_w": 1.0, "compute_w": 1.0}),
             "above tdp_w",

@@ -243,7 +243,7 @@ def _broken(change):
         (_broken(lambda d: d.update(bandwidth_bytes_per_s=float("nan"))), "finite number"),
         (_broken(lambda d: d.update(bandwidth_bytes_per_s=10**400)), "finite number"),
         (_broken(lambda d: d.update(tdp_w="400")), "finite number"),
-        (_broken(lambda d: d.update(calibrated=1)), "of type bool"),
+        (_broken(lambda d: d.update(calibrated=1)), "true or false"),
         (_broken(lambda d: d.update(bandwith=1)), "bandwidth_bytes_per_s|Unknown name"),
         (_broken(lambda d: d.pop("capacity_bytes")), "has no capacity_bytes"),
         (_broken(lambda d: d.update(stacks=[])), "no kernel stack"),

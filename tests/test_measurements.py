@@ -113,9 +113,9 @@ def set_at(*keys, value):
         (lambda d: d.pop("copy"), "no copy"),
         (set_at("name", value="hots"), "did you mean 'host'"),
         (set_at("threads", value=0), "threads"),
-        (set_at("threads", value=2.0), "int"),
-        (set_at("threads", value=True), "int"),
-        (set_at("device", value=5), "str"),
+        (set_at("threads", value=2.0), "whole number"),
+        (set_at("threads", value=True), "whole number"),
+        (set_at("device", value=5), "must be text"),
         (set_at("capacity_bytes", value=16), "unit"),
         (set_at("copy", "median_s", value=39917.0), "unit"),
         (set_at("copy", "median_s", value=0), "unit"),
@@ -135,7 +135,7 @@ def set_at(*keys, value):
         (set_at("energy", "origin", value="guess"), "analytical"),
         (set_at("energy", "origin", value="nvml"), "origin"),
         (set_at("energy", "assumed_w", value=None), "origin"),
-        (set_at("versions", "torch", value=2), "str"),
+        (set_at("versions", "torch", value=2), "must be text"),
     ],
 )
 def test_a_wrong_file_is_refused_in_one_sentence(tmp_path, change, said):

@@ -68,7 +68,8 @@ FLOORS = [
     {"envs", "session", "config"},
     {"agents"},
     {"testing", "report", "console", "guard", "run_folder"},
-    {"hardware_explain", "hardware_fit", "hardware_measure", "hardware_tables"},
+    {"hardware_files", "hardware_tables"},
+    {"hardware_explain", "hardware_fit", "hardware_measure"},
     {"search", "validate", "hardware"},
 ]
 

@@ -31,6 +31,15 @@ _LEAST_SPAN: Final = 0.02
 """Share of the costs that an axis spans at least, so that no rounding looks like a choice."""
 
 
+_BYTES: Final = {"MB": 1e6, "GB": 1e9, "TB": 1e12}
+_SECONDS: Final = {"µs": 1e-6, "ms": 1e-3, "s": 1.0}
+_JOULES: Final = {"mJ": 1e-3, "J": 1.0, "kJ": 1e3}
+_LONGEST: Final = 1e4
+"""The table's numbers stay below this, so that a row fits 80 columns."""
+_FEW_TOKENS: Final = 10.0
+_LARGE_PERPLEXITY: Final = 100.0
+
+
 @dataclass(frozen=True)
 class Row:
     """One allocation in the final table.
@@ -107,21 +116,31 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
 
     shown = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
     shown.add_column("allocation", justify="left")
-    for head in ("bits", "KL", "ppl", "memory\nMB", "latency\nµs", "tokens\n/s", "energy\nmJ"):
+    memory, unit_bytes = _unit(max(row.memory_bytes for row in rows), _BYTES)
+    latency, unit_s = _unit(max(row.latency_s for row in rows), _SECONDS)
+    energy, unit_j = _unit(max(row.energy_j for row in rows), _JOULES)
+    heads = ("bits", "KL", "ppl", f"memory\n{memory}", f"latency\n{latency}", "tokens\n/s")
+    for head in (*heads, f"energy\n{energy}"):
         shown.add_column(head, justify="right")
     for row in rows:
         shown.add_row(
             f"{row.name} *" if row.name in marked else row.name,
             f"{row.effective_bits:.2f}",
             f"{row.heldout_kl:.5f}",
-            f"{row.heldout_ppl:.4f}",
-            f"{row.memory_bytes / 1e6:,.1f}",
-            f"{row.latency_s * 1e6:,.1f}",
-            f"{row.tokens_per_s:,.0f}",
-            f"{row.energy_j * 1e3:,.2f}",
+            f"{row.heldout_ppl:.{4 if row.heldout_ppl < _LARGE_PERPLEXITY else 1}f}",
+            f"{row.memory_bytes / unit_bytes:,.1f}",
+            f"{row.latency_s / unit_s:,.1f}",
+            f"{row.tokens_per_s:,.{0 if row.tokens_per_s >= _FEW_TOKENS else 2}f}",
+            f"{row.energy_j / unit_j:,.2f}",
             style="bold" if row.name == best else None,
         )
     return shown
+
+
+def _unit(largest: float, units: Mapping[str, float]) -> tuple[str, float]:
+    """Return the first unit, of those from small to large, in which a number has few digits."""
+    fitting = ((name, size) for name, size in units.items() if largest / size < _LONGEST)
+    return next(fitting, [*units.items()][-1])
 
 
 def write_summary(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> str:

@@ -224,6 +224,8 @@ class Recorder:
         Raises:
             InputError: If no map within the limits was evaluated.
         """
+        if not self._problem.hardware.deterministic:
+            self._price_again()
         feasible = [candidate for candidate in self._history if candidate.feasible]
         if not feasible:
             raise InputError(
@@ -244,6 +246,16 @@ class Recorder:
             tokens=self._tokens,
             policy=policy,
         )
+
+    def _price_again(self) -> None:
+        """Score the history at today's costs: measurements may have changed them since."""
+        known = self._problem.evaluate(np.array([one.assignment for one in self._history]))
+        self._history = [
+            replace(one, reward=float(reward), feasible=bool(feasible))
+            for one, reward, feasible in zip(
+                self._history, known.reward, known.feasible, strict=True
+            )
+        ]
 
     def _finalists(self, ranked: list[Candidate], first: Candidate) -> list[Candidate]:
         by_key = {candidate.assignment.tobytes(): candidate for candidate in ranked}

@@ -2,14 +2,15 @@
 
     t(map) = base(map) + sum over kernels k of  (c_k - 1) x_k(map)
 
-with x_k the time that the base gives to the routed experts in the formats of kernel k. The factors
-``c_k = r (1 + d_k)`` are a common ratio r, the median of measured to predicted, and deviations from
-it by ridge regression of relative errors:
+with x_k the time that the base gives to the routed experts in the formats of kernel k. The
+factors ``c_k = r (1 + d_k)`` are a common ratio r, the median of measured to predicted, and
+deviations from it by ridge regression of relative errors:
 
     min  sum over maps of  (1 - r sum_k (1 + d_k) x_k / y)^2 / s^2  +  sum over k of  d_k^2 / v^2
 
 where y is what was measured, s the noise of a measurement, and v how far kernels are expected to
-deviate. Nothing measured, all factors are 1. Energy is the corrected time at the base's mean power.
+deviate. Nothing measured, all factors are 1. Energy is the corrected time at the base's mean
+power.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError
 from dmpq.formats import Format, Menu
 from dmpq.hw_models.base import Cost, Floats, HardwareModel, Workload
+from dmpq.hw_models.live import LiveModel
 from dmpq.hw_models.maps import checked_maps
 from dmpq.spec import ModelSpec
 
@@ -246,6 +248,20 @@ class CorrectedModel:
     def _factors(self, menu: Menu) -> Floats:
         """Return the factor of each format, (B,)."""
         return np.array([self.correction.of(self.kernel_of(fmt)) for fmt in menu.formats])
+
+
+def live_base(model: CorrectedModel) -> LiveModel:
+    """Return the machine at hand that a model corrects.
+
+    Raises:
+        InputError: If it corrects something that cannot be measured here.
+    """
+    if not isinstance(model.base, LiveModel):
+        raise InputError(
+            f"--measure-every measures maps on the machine at hand, and --hw {model.name} is not "
+            "it; give --hw host or --hw cuda, or leave --measure-every out."
+        )
+    return model.base
 
 
 def _rows(table: Floats, columns: int) -> Floats:

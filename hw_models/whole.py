@@ -144,7 +144,9 @@ class WholeMaps:
             InputError: If it does not fit the model or the menu.
         """
         maps = checked_maps(np.asarray(assignment)[None], self.spec, self.menu)
-        formats = np.broadcast_to(maps.reshape(self.spec.num_experts, -1), (self.spec.num_experts, 2))
+        formats = np.broadcast_to(
+            maps.reshape(self.spec.num_experts, -1), (self.spec.num_experts, 2)
+        )
         rig, layers = self.bench.rig, self.layers
         with rig.running():
             stored = {

@@ -67,7 +67,7 @@ FLOORS = [
     {"problem", "shadow_prices"},
     {"envs", "session", "config"},
     {"agents"},
-    {"testing", "report", "console", "guard", "run_folder"},
+    {"testing", "report", "console", "guard", "run_folder", "hardware_loop"},
     {"hardware_explain", "hardware_fit", "hardware_measure", "hardware_tables"},
     {"search", "validate", "hardware"},
 ]

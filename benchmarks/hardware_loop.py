@@ -4,8 +4,9 @@
 
 The routed experts of the reference model at OLMoE-1B-7B's widths, routed as profiled. Maps are
 random mixes of formats and knapsack maps of several budgets. Some correct the costs, as a search
-with ``--measure-every`` does; the others, never used for that, judge. They are measured twice, an
-hour's noise apart or a minute's: the second time shows how well anything could predict the first.
+with ``--measure-every`` does; the others, never used for that, judge. All are measured in random order,
+so that a machine that gets busier or idler does so for all, and those that judge once more after
+that: the second time shows how well anything could predict the first.
 """
 
 from __future__ import annotations
@@ -145,8 +146,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         isolated = LiveModel(bench, folder=Path(folder))
         isolated.expert_latency(spec, profile.menu, workload, inclusion=profile.frequency)
-        anchors, first = ablation.seconds(uniform), ablation.seconds(tests)
-        more, second = ablation.seconds(mixed), ablation.seconds(tests)
+        maps = [*uniform, *mixed, *tests]
+        order = rng.permutation(len(maps))
+        seconds = np.zeros(len(maps))
+        seconds[order] = ablation.seconds([maps[i] for i in order])
+        anchors, more, first = np.split(seconds, [len(uniform), len(uniform) + len(mixed)])
+        second = ablation.seconds(tests)
         print(
             f"a step's routed experts take {first.min() * 1e3:.2f} to {first.max() * 1e3:.2f} ms"
         )
@@ -154,12 +159,12 @@ def main() -> None:
         models = {"analytical (cpu.json)": load_hardware("cpu"), "isolated kernels": isolated}
         for name, base in models.items():
             both = [*uniform, *mixed], np.concatenate([anchors, more])
-            for said, maps, seconds in (
+            for said, seen, times in (
                 ("", [], anchors[:0]),
                 (f", corrected by {len(uniform)} maps", uniform, anchors),
                 (f", corrected by {len(both[0])} maps", *both),
             ):
-                model = ablation.corrected(base, maps, seconds)
+                model = ablation.corrected(base, seen, times)
                 print(line(name + said, first, ablation.predicted(model, tests)))
         print(line("measured again", first, second))
         print("\nfactors of the isolated kernels' times")

@@ -145,10 +145,10 @@ class HardwareLoop:
         """Measure one uniform map per kernel, and correct the costs by them."""
         menu = self.whole.menu
         first = {self.whole.kernel_of(fmt): i for i, fmt in enumerate(menu.formats)}
-        for done, index in enumerate(first.values()):
+        for done, index in enumerate(first.values(), start=1):
+            self._observe(np.full(self.whole.spec.num_experts, index))
             if self.progress is not None:
                 self.progress("measuring whole maps", done, len(first))
-            self._observe(np.full(self.whole.spec.num_experts, index))
 
     def after(self, candidate: Candidate, problem: Problem) -> None:
         """Measure the map of every K-th candidate, and correct the problem's costs by it.

@@ -144,9 +144,8 @@ class WholeMaps:
             InputError: If it does not fit the model or the menu.
         """
         maps = checked_maps(np.asarray(assignment)[None], self.spec, self.menu)
-        formats = np.broadcast_to(
-            maps.reshape(self.spec.num_experts, -1), (self.spec.num_experts, 2)
-        )
+        experts = self.spec.num_experts
+        formats = np.broadcast_to(maps.reshape(experts, -1), (experts, 2))
         rig, layers = self.bench.rig, self.layers
         with rig.running():
             stored = {
@@ -173,10 +172,6 @@ class WholeMaps:
             preempted=found.preempted,
         )
 
-    @property
-    def _layer_of(self) -> NDArray[np.int64]:
-        return np.asarray(self.spec.layer_of_expert)
-
     @cached_property
     def _routes(self) -> tuple[tuple[Routes, ...], ...]:
         """Which experts each layer's steps wake, and with which tokens: by layer, by step."""
@@ -184,7 +179,7 @@ class WholeMaps:
         rng = np.random.default_rng(self.seed)
         found = []
         for ordinal, layer in enumerate(self.spec.moe_layers):
-            experts = np.flatnonzero(self._layer_of == ordinal)
+            experts = np.flatnonzero(self.spec.layer_of_expert == ordinal)
             taken = drawn(
                 selected[experts], layer.top_k, self.steps * self.workload.tokens, rng
             ).reshape(self.steps, self.workload.tokens, -1)

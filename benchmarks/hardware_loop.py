@@ -4,9 +4,9 @@
 
 The routed experts of the reference model at OLMoE-1B-7B's widths, routed as profiled. Maps are
 random mixes of formats and knapsack maps of several budgets. Some correct the costs, as a search
-with ``--measure-every`` does; the others, never used for that, judge. All are measured in random order,
-so that a machine that gets busier or idler does so for all, and those that judge once more after
-that: the second time shows how well anything could predict the first.
+with ``--measure-every`` does; the others, never used for that, judge. All are measured in random
+order, so that a machine that gets busier or idler does so for all, and those that judge once more
+after that: the second time shows how well anything could predict the first.
 """
 
 from __future__ import annotations

@@ -392,6 +392,28 @@ def test_a_search_ends_when_its_own_measurements_leave_no_map(
     assert "at the corrected costs no map is known" in capsys.readouterr().err
 
 
+def test_maps_that_a_correction_puts_beyond_a_limit_are_brought_within_it(
+    machine, tmp_path, monkeypatch
+):
+    """Later maps are slower than the first ones say, so that no map that was evaluated is left."""
+    honest = WholeMaps.measure
+
+    def measure(self, assignment):
+        found = honest(self, assignment)
+        return replace(found, seconds=found.seconds * (1.0 if len(machine) <= 2 else 1.1))
+
+    monkeypatch.setattr(WholeMaps, "measure", measure)
+    out = tmp_path / "run"
+    flags = ["--latency-ms=2500", "--measure-every=1", "--agent=mckp", "--weights=acc=1"]
+    assert main([*QUICK, *flags, f"--out={out}"]) == 0
+    row = json.loads((out / "summary.json").read_text())["rows"][-1]
+    assert row["latency_s"] <= 2.5
+    assert row["evaluations"] == 2
+    first, second = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    pairs = zip(first["assignment"], second["assignment"], strict=True)
+    assert 1 <= sum(one != other for one, other in pairs) <= 16
+
+
 def test_only_the_machine_at_hand_is_corrected(tmp_path):
     live = LiveModel(quick_bench(), folder=tmp_path)
     assert live_base(CorrectedModel(live)) is live

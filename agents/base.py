@@ -224,6 +224,10 @@ class Recorder:
         Raises:
             InputError: If no map within the limits was evaluated.
         """
+        if not self._problem.hardware.deterministic:
+            self._price_again()
+            if not any(candidate.feasible for candidate in self._history):
+                self._bring_within_limits()
         feasible = [candidate for candidate in self._history if candidate.feasible]
         if not feasible:
             raise InputError(
@@ -244,6 +248,33 @@ class Recorder:
             tokens=self._tokens,
             policy=policy,
         )
+
+    def _price_again(self) -> None:
+        """Score the history at today's costs: measurements may have changed them since."""
+        known = self._problem.evaluate(np.array([one.assignment for one in self._history]))
+        self._history = [
+            replace(one, reward=float(reward), feasible=bool(feasible))
+            for one, reward, feasible in zip(
+                self._history, known.reward, known.feasible, strict=True
+            )
+        ]
+
+    def _bring_within_limits(self) -> None:
+        """Evaluate one map more: the best one, changed as little as today's costs ask for.
+
+        Maps that use a limit up exceed it as soon as a measurement raises the costs a little.
+        """
+        problem = self._problem
+        if not problem.projection.possible:
+            return
+        best = max(self._history, key=lambda candidate: candidate.reward)
+        values = problem.linear_values()
+        values[np.arange(len(values)), best.assignment] -= np.ptp(values)
+        found = problem.project(values)
+        scores = problem.evaluate(found[None])
+        self._tokens += scores.tokens
+        self._on_candidate = None  # a measurement would change the costs again
+        self._record(found, scores, 0)
 
     def _finalists(self, ranked: list[Candidate], first: Candidate) -> list[Candidate]:
         by_key = {candidate.assignment.tobytes(): candidate for candidate in ranked}

@@ -68,6 +68,9 @@ class SearchConfig:
     device: str = _option("cpu", "torch device that evaluates bit maps")
     threads: int | None = _option(None, "CPU threads (default: torch's choice)")
     trust_remote_code: bool = _option(False, "let code that comes with a checkpoint run")
+    measure_every: int | None = _option(
+        None, "with host or cuda: measure every K-th new map as a whole, and correct the costs"
+    )
     explain: bool = _option(False, "show where the time, bytes and energy of the agent's map go")
     out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
 

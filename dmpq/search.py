@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from dmpq.agents import Agent, Candidate, SearchResult
     from dmpq.bitmap import BitMap
+    from dmpq.hardware_loop import HardwareLoop, LoopReport
     from dmpq.hw_models import Explanation
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.problem import Problem
@@ -70,6 +71,8 @@ class _Run:
     started: float = field(default_factory=time.monotonic)
     best: Candidate | None = None
     seen: int = 0
+    loop: HardwareLoop | None = None
+    measured: LoopReport | None = None
 
     @property
     def config(self) -> SearchConfig:
@@ -152,13 +155,18 @@ def search(config: SearchConfig, console: Console) -> str:
 
 
 def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
-    """Profile, search and report: all that evaluates the model, with every answer kept."""
+    """Profile, search and report: all that evaluates or times maps, with every answer kept."""
+    from dmpq.hardware_loop import HardwareLoop
+
     session = run.session
     session.journal = JsonLines(run.path("journal.jsonl"))
     try:
         profile = session.profile()
         profile.save(run.path("profile.safetensors"))
         run.console.print(_head_room(profile))
+        run.loop = HardwareLoop.of(session, profile)
+        if run.loop is not None:
+            run.loop.start()
         problem = session.problem(
             profile,
             evaluator=session.evaluator("search"),
@@ -168,6 +176,8 @@ def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
             run.console.print(f"  note      {note}")
         try:
             result = _searched(run, problem)
+            if run.loop is not None:
+                run.measured = run.loop.report(problem, result.assignment)
             return problem, result, _rows(run, problem, result)
         except (KeyboardInterrupt, InputError):
             _keep_best(run, problem)
@@ -198,6 +208,8 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
             best = math.nan if run.best is None else run.best.kl
             stage = f"searching, best KL {best:.5f}"
             run.session.progress(stage, candidate.evaluation, config.evaluations)
+            if run.loop is not None:
+                run.loop.after(candidate, problem)
 
         result = run_agent(
             run.agent,
@@ -469,6 +481,8 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
     explanation = _explanation(problem, result.assignment) if config.explain else None
     if explanation is not None:
         facts["explanation"] = explanation.to_json()
+    if run.measured is not None:
+        facts["measured_maps"] = run.measured.to_json()
     text = report.write_summary(run.path("summary.json"), rows, facts)
     caption = (
         f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out "
@@ -482,6 +496,8 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         )
     for price in prices.values():
         run.console.print(f"  {said(price, problem)}")
+    if run.measured is not None:
+        run.measured.show(row.name, run.console)
     if explanation is not None:
         from dmpq.hardware_explain import print_explanation
 

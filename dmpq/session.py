@@ -14,6 +14,7 @@ from dmpq.evaluation import Evaluator
 from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.hw_models import HardwareModel, Workload, load_hardware
+from dmpq.hw_models.corrected import CorrectedModel, live_base
 from dmpq.objective import Constraints, Weights
 from dmpq.problem import Problem
 from dmpq.profile import Profile
@@ -38,6 +39,7 @@ _LEAST_AND_MOST: Final[Mapping[str, tuple[int, int]]] = {
     "heldout_tokens": (1, 10**12),
     "sequence_length": (2, 10**9),
     "threads": (1, 1024),
+    "measure_every": (1, 10**9),
 }
 """Whole numbers of the configuration; numpy and the RL libraries take seeds of 32 bits."""
 _LONGEST_WINDOW: Final = 2048
@@ -74,7 +76,20 @@ class Session:
     @cached_property
     def hardware(self) -> HardwareModel:
         """The device that costs are computed for."""
-        return load_hardware(self.config.hw, progress=self.progress)
+        hardware = load_hardware(self.config.hw, progress=self.progress)
+        if self.config.measure_every is None:
+            return hardware
+        corrected = CorrectedModel(hardware)
+        live_base(corrected)
+        return corrected
+
+    @property
+    def corrected(self) -> CorrectedModel:
+        """The device, where ``measure_every`` lets measured maps correct its costs."""
+        hardware = self.hardware
+        if not isinstance(hardware, CorrectedModel):
+            raise InputError("Costs are corrected by measured maps only with --measure-every.")
+        return hardware
 
     @cached_property
     def workload(self) -> Workload:

@@ -148,7 +148,9 @@ def show(calibration: Calibration, console: Console) -> None:
     if calibration.held_out is None:
         console.print("  points of one model only: the error on other models is not known")
     if not calibration.calibrated:
-        console.print("  calibrated: no; it needs times of every width, of two models or more")
+        console.print(
+            "  calibrated: no; it needs times of every width, and 15% or less on models left out"
+        )
 
 
 def _show_outside(outside: list[Outside], console: Console) -> None:

@@ -7,19 +7,16 @@ import json
 import math
 import os
 import platform
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-import dmpq
 from dmpq.config import SearchConfig, add_options, from_arguments
 from dmpq.console import (
     INTERRUPTED,
@@ -36,6 +33,7 @@ from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Menu
 from dmpq.guard import BASELINES, UNIFORM, make_agent, run_agent
 from dmpq.hw_models import explainable
+from dmpq.provenance import bitmap_of, versions
 from dmpq.run_folder import only_run_in, run_folder
 
 if TYPE_CHECKING:
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dmpq.agents import Agent, Candidate, SearchResult
-    from dmpq.bitmap import BitMap
     from dmpq.hardware_loop import HardwareLoop, LoopReport
     from dmpq.hw_models import Explanation
     from dmpq.model_evaluator import ModelEvaluator
@@ -57,7 +54,6 @@ _EXAMPLES: Final = """examples:
   python -m dmpq.search --hw rtx4090 --avg-bits 2.5 --weights acc=1
   python -m dmpq.search --model path/to/checkpoint --dataset notes.txt --memory-gb 12
 """
-_VERSIONED: Final = ("torch", "transformers", "torchao", "stable-baselines3", "numpy")
 
 
 @dataclass
@@ -240,7 +236,9 @@ def _keep_best(run: _Run, problem: Problem) -> None:
     path = run.path("bitmap.partial.json")
     if _evaluations_in(path) <= run.seen:
         tokens = problem.profile.cost_tokens + problem.evaluator.tokens_spent
-        bitmap = _bitmap(run, problem, run.best.assignment, evaluations=run.seen, tokens=tokens)
+        bitmap = bitmap_of(
+            run.session, problem, run.best.assignment, evaluations=run.seen, tokens=tokens
+        )
         bitmap.write(path)
     run.console.print(f"The best map so far (KL {run.best.kl:.5f}) is in {path}.", soft_wrap=True)
 
@@ -351,78 +349,6 @@ def _full_row(session: Session, problem: Problem, heldout: ModelEvaluator) -> Ro
     )
 
 
-def _bitmap(
-    run: _Run,
-    problem: Problem,
-    assignment: NDArray[np.int64],
-    *,
-    evaluations: int,
-    tokens: float,
-    heldout: Row | None = None,
-) -> BitMap:
-    """Return a map's document; nothing in it depends on when or where it was made."""
-    from dmpq.bitmap import BitMap, assignment_from
-
-    config, moe = run.config, run.session.moe
-    cost = problem.costs(assignment[None])
-    measured = {} if heldout is None else _measured(heldout)
-    return BitMap(
-        model={
-            "id": config.model,
-            "revision": config.revision,
-            "architecture": type(moe.model).__name__,
-            "fingerprint": moe.fingerprint,
-        },
-        geometry=moe.spec,
-        menu=problem.menu,
-        assignment=assignment_from(moe.spec, problem.menu, problem.expand(assignment[None])[0]),
-        objective={"weights": asdict(problem.weights), "signal": "kl"},
-        constraints=asdict(problem.limits),
-        hardware={
-            "name": problem.hardware.name,
-            "stack": problem.hardware.stack,
-            "calibrated": problem.hardware.calibrated,
-            "source": problem.hardware.source,
-            "cost_geometry": config.geometry,
-        },
-        workload=asdict(problem.workload),
-        text={
-            "dataset": config.dataset,
-            "sequence_length": run.session.splits.heldout.shape[1],
-            "heldout_tokens": config.heldout_tokens,
-        },
-        serve=problem.serve,
-        metrics={
-            "predicted": {
-                "effective_bits": _quantity(problem.effective_bits(assignment[None]), "bits"),
-                "memory": _quantity(cost.memory_bytes, "bytes"),
-                "latency": _quantity(cost.latency_s, "s"),
-                "energy": _quantity(cost.energy_j, "J"),
-            },
-            "measured": measured,
-        },
-        search={
-            "agent": config.agent,
-            "seed": config.seed,
-            "evaluations": evaluations,
-            "tokens": tokens,
-        },
-        versions=_versions(),
-        git_revision=_git_revision(),
-    )
-
-
-def _quantity(values: NDArray[np.float64], unit: str) -> dict[str, float | str]:
-    return {"value": float(values[0]), "unit": unit}
-
-
-def _measured(row: Row) -> dict[str, dict[str, float | str]]:
-    return {
-        "heldout_kl": {"value": row.heldout_kl, "unit": "nats/token"},
-        "heldout_perplexity": {"value": row.heldout_ppl, "unit": "per token"},
-    }
-
-
 def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) -> str:
     """Write what the search found, draw it, and print the table."""
     from dmpq import report
@@ -430,8 +356,8 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
     from dmpq.shadow_prices import said, shadow_prices
 
     config, session, row = run.config, run.session, rows[-1]
-    bitmap = _bitmap(
-        run,
+    bitmap = bitmap_of(
+        session,
         problem,
         result.assignment,
         evaluations=result.evaluations,
@@ -465,6 +391,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
             "source": problem.hardware.source,
             "device": problem.hardware.device,
             "notes": list(problem.hardware.notes()),
+            "formats": list(problem.hardware.unsupported(problem.menu)),
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),
@@ -475,7 +402,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         "tokens": {"profile": profile.cost_tokens, "search": result.tokens},
         "seconds": time.monotonic() - run.started,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": versions(),
         "python": platform.python_version(),
     }
     explanation = _explanation(problem, result.assignment) if config.explain else None
@@ -524,26 +451,6 @@ def _explanation(problem: Problem, assignment: NDArray[np.int64]) -> Explanation
         problem.workload,
         inclusion=problem.profile.frequency,
     )
-
-
-def _versions() -> dict[str, str]:
-    return {"dmpq": dmpq.__version__, **{name: version(name) for name in _VERSIONED}}
-
-
-def _git_revision() -> str | None:
-    """Return the revision of the checkout that this code belongs to, if it does to one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
-        return done.stdout.strip()
-
-    try:
-        # Installed into somebody's own checkout, these files are not what its revision names.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 if __name__ == "__main__":

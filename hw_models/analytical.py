@@ -320,6 +320,11 @@ class AnalyticalModel:
                 f"attention, routers, shared experts, head and KV cache are costed at {width} "
                 f"bits, all that {self.name}/{self.stack} has; what that loses is not measured"
             )
+        if self.facts.power is None:
+            notes.append(
+                f"energy: {UNCALIBRATED_POWER_SHARE:g} of {self.facts.tdp_w:g} W, the limit, for "
+                "the time of a step; off by 15% or so where power was measured"
+            )
         if self.assumed:
             notes.append(f"assumed, for want of published figures: {'; '.join(self.assumed)}")
         return tuple(notes)

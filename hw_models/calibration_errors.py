@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from dmpq.hw_models.calibration import (
 )
 from dmpq.hw_models.device import Device
 from dmpq.hw_models.points import Point
+
+LARGEST_MAPE: Final = 0.15
+"""Mean absolute relative error on models left out above which a profile is not calibrated."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,15 @@ class Calibration:
 
     @property
     def calibrated(self) -> bool:
-        """Whether all kernels were fitted to times, and the error on models not fitted is known.
+        """Whether all kernels were fitted to times, and models not fitted are met well enough.
 
         Speed-ups alone leave the level of the 16-bit kernel, to which they are relative, untold.
         """
         wanted = {f"kernels.{k.bits}.memory_efficiency" for k in self.fit.stack.kernels}
-        return self.held_out is not None and wanted <= set(self.fit.stack.fitted)
+        held = self.held_out
+        return (
+            held is not None and held.mape <= LARGEST_MAPE and wanted <= set(self.fit.stack.fitted)
+        )
 
 
 def calibrate(device: Device, stack_name: str, points: Sequence[Point]) -> Calibration:

@@ -67,7 +67,7 @@ FLOORS = [
     {"problem", "shadow_prices"},
     {"envs", "session", "config"},
     {"agents"},
-    {"testing", "report", "console", "guard", "run_folder", "hardware_loop"},
+    {"testing", "report", "console", "guard", "run_folder", "hardware_loop", "provenance"},
     {"hardware_files", "hardware_tables"},
     {"hardware_explain", "hardware_fit", "hardware_measure"},
     {"search", "validate", "hardware"},

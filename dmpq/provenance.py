@@ -1,0 +1,124 @@
+"""The document of a map that a search found: what it is, what it was made for, by what."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import dmpq
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dmpq.bitmap import BitMap
+    from dmpq.problem import Problem
+    from dmpq.report import Row
+    from dmpq.session import Session
+
+_VERSIONED: Final = ("torch", "transformers", "torchao", "stable-baselines3", "numpy")
+
+
+def bitmap_of(
+    session: Session,
+    problem: Problem,
+    assignment: NDArray[np.int64],
+    *,
+    evaluations: int,
+    tokens: float,
+    heldout: Row | None = None,
+) -> BitMap:
+    """Return a map's document; nothing in it depends on when or where it was made.
+
+    Args:
+        session: What it was searched with.
+        problem: What was searched.
+        assignment: (D,), menu index of each decision.
+        evaluations: Number of distinct maps evaluated.
+        tokens: What profiling and search cost, in forwarded tokens.
+        heldout: The map's row on held-out text, where it was measured.
+    """
+    from dmpq.bitmap import BitMap, assignment_from
+
+    config, moe = session.config, session.moe
+    cost = problem.costs(assignment[None])
+    measured = {} if heldout is None else _measured(heldout)
+    return BitMap(
+        model={
+            "id": config.model,
+            "revision": config.revision,
+            "architecture": type(moe.model).__name__,
+            "fingerprint": moe.fingerprint,
+        },
+        geometry=moe.spec,
+        menu=problem.menu,
+        assignment=assignment_from(moe.spec, problem.menu, problem.expand(assignment[None])[0]),
+        objective={"weights": asdict(problem.weights), "signal": "kl"},
+        constraints=asdict(problem.limits),
+        hardware={
+            "name": problem.hardware.name,
+            "stack": problem.hardware.stack,
+            "calibrated": problem.hardware.calibrated,
+            "source": problem.hardware.source,
+            "cost_geometry": config.geometry,
+        },
+        workload=asdict(problem.workload),
+        text={
+            "dataset": config.dataset,
+            "sequence_length": session.splits.heldout.shape[1],
+            "heldout_tokens": config.heldout_tokens,
+        },
+        serve=problem.serve,
+        metrics={
+            "predicted": {
+                "effective_bits": _quantity(problem.effective_bits(assignment[None]), "bits"),
+                "memory": _quantity(cost.memory_bytes, "bytes"),
+                "latency": _quantity(cost.latency_s, "s"),
+                "energy": _quantity(cost.energy_j, "J"),
+            },
+            "measured": measured,
+        },
+        search={
+            "agent": config.agent,
+            "seed": config.seed,
+            "evaluations": evaluations,
+            "tokens": tokens,
+        },
+        versions=versions(),
+        git_revision=git_revision(),
+    )
+
+
+def _quantity(values: NDArray[np.float64], unit: str) -> dict[str, float | str]:
+    return {"value": float(values[0]), "unit": unit}
+
+
+def _measured(row: Row) -> dict[str, dict[str, float | str]]:
+    return {
+        "heldout_kl": {"value": row.heldout_kl, "unit": "nats/token"},
+        "heldout_perplexity": {"value": row.heldout_ppl, "unit": "per token"},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    return {"dmpq": dmpq.__version__, **{name: version(name) for name in _VERSIONED}}
+
+
+def git_revision() -> str | None:
+    """Return the revision of the checkout that this code belongs to, if it does to one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+        return done.stdout.strip()
+
+    try:
+        # Installed into somebody's own checkout, these files are not what its revision names.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -322,8 +322,8 @@ class AnalyticalModel:
             )
         if self.facts.power is None:
             notes.append(
-                f"energy: {UNCALIBRATED_POWER_SHARE:g} of {self.facts.tdp_w:g} W, the limit, for "
-                "the time of a step; off by 15% or so where power was measured"
+                f"energy: power not measured, {UNCALIBRATED_POWER_SHARE:g} of the "
+                f"{self.facts.tdp_w:g} W limit at all times"
             )
         if self.assumed:
             notes.append(f"assumed, for want of published figures: {'; '.join(self.assumed)}")

@@ -1,26 +1,37 @@
-"""How well costs predict whole maps on this CPU: analytical, of isolated kernels, and corrected.
+"""How well costs predict whole maps, and what a search makes of them, on this CPU or GPU.
 
-    python benchmarks/hardware_loop.py [--batch 1] [--maps 16] [--threads 1]
+    python benchmarks/hardware_loop.py [--hw host] [--batch 1] [--maps 16] [--threads 1]
 
-The routed experts of the reference model at OLMoE-1B-7B's widths, routed as profiled. Maps are
+Three kinds of costs: analytical, of isolated kernels, and either corrected by measured maps.
+
+The routed experts of the reference model at a real model's widths, routed as profiled. Maps are
 random mixes of formats and knapsack maps of several budgets. Some correct the costs, as a search
 with ``--measure-every`` does; the others, never used for that, judge. All are measured in random
 order, so that a machine that gets busier or idler does so for all, and those that judge once more
-after that: the second time shows how well anything could predict the first.
+after that: the second time shows how well anything could predict the first. At last each kind
+chooses maps by the exact knapsack within limits on the time of the routed experts, and these are
+measured: costs that are too low break the limit, costs that are too high leave accuracy unused.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from dmpq.errors import InputError
 from dmpq.hw_models import HardwareModel, Workload, load_hardware
-from dmpq.hw_models.bench import host_bench
+from dmpq.hw_models.bench import PowerSource, cuda_bench, host_bench
 from dmpq.hw_models.corrected import CorrectedModel
 from dmpq.hw_models.live import LiveModel
 from dmpq.hw_models.whole import WholeMaps
@@ -34,6 +45,9 @@ Ints = NDArray[np.int64]
 
 LEAST_BITS, MOST_BITS = 2.5, 14.0
 """Budgets of the knapsack maps, effective bits."""
+NO_ENERGY = PowerSource("analytical", "no part of this benchmark", assumed_w=1.0)
+LIMITS = (0.25, 0.5, 0.75)
+"""Limits of the searches: shares of the way from the fastest measured map to the slowest."""
 
 
 def random_maps(profile: Profile, count: int, rng: np.random.Generator) -> list[Ints]:
@@ -103,30 +117,80 @@ class Ablation:
             )
         return model
 
+    def searched(
+        self, model: CorrectedModel, profile: Profile, limit_s: float
+    ) -> tuple[float, float] | None:
+        """Return what the knapsack finds within a limit on the routed experts: seconds, and KL.
 
-def line(name: str, measured: Floats, predicted: Floats) -> str:
-    """Return a row of the table."""
+        The time is measured, the KL the profile's sum; ``None`` where no map seems to suffice.
+        """
+        whole, base = self.whole, model.base
+        about = whole.spec, whole.menu
+        some = np.zeros(whole.spec.num_experts, np.int64)
+        total = base.cost(*about, some[None], whole.workload, inclusion=whole.inclusion)
+        routed, timed = (
+            sum(
+                model.parts(
+                    *about, some, whole.workload, inclusion=whole.inclusion, layers=layers
+                ).values()
+            )
+            for layers in (None, whole.layers)
+        )
+        others = float(total.latency_s[0]) - routed
+        try:
+            problem = Problem(
+                profile=profile,
+                hardware=model,
+                cost_spec=whole.spec,
+                workload=whole.workload,
+                weights=Weights.parse("acc=1"),
+                constraints=Constraints(latency_s=others + limit_s * routed / timed),
+            )
+            found = problem.mckp()
+        except InputError:  # no map seems fast enough
+            return None
+        kl = float(problem.surrogate(found[None]).kl[0])
+        return self.whole.measure(problem.expand(found[None])[0]).seconds, kl
+
+
+def errors(measured: Floats, predicted: Floats) -> dict[str, float]:
+    """Return how predictions differ from measurements."""
     error = predicted / measured - 1
-    tau = kendalltau(measured, predicted).statistic
+    return {
+        "mape": float(np.abs(error).mean()),
+        "worst": float(np.abs(error).max()),
+        "bias": float(error.mean()),
+        "tau": float(kendalltau(measured, predicted).statistic),
+    }
+
+
+def line(name: str, row: dict[str, float]) -> str:
+    """Return a row of the table."""
     return (
-        f"{name:44} {np.abs(error).mean():7.1%} {np.abs(error).max():8.1%} {error.mean():+8.1%} "
-        f"{tau:6.2f}"
+        f"{name:44} {row['mape']:7.1%} {row['worst']:8.1%} {row['bias']:+8.1%} {row['tau']:6.2f}"
     )
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--hw", choices=("host", "cuda"), default="host")
+    parser.add_argument("--analytical", help="device file to compare (default: cpu, or h100)")
+    parser.add_argument("--geometry", default="olmoe-1b-7b", help="whose widths")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--maps", type=int, default=16, help="maps that judge")
     parser.add_argument("--corrections", type=int, default=12, help="mixed maps that correct")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write every figure as JSON")
     asked = parser.parse_args()
     rng = np.random.default_rng(asked.seed)
     profile = reference_profile()
-    spec = profile.spec.with_widths_of(load_geometry("olmoe-1b-7b"))
-    workload, bench = Workload(batch=asked.batch), host_bench(threads=asked.threads)
+    spec = profile.spec.with_widths_of(load_geometry(asked.geometry))
+    workload = Workload(batch=asked.batch)
+    bench = cuda_bench() if asked.hw == "cuda" else host_bench(threads=asked.threads)
+    bench = replace(bench, power=NO_ENERGY)
+    analytical = asked.analytical or ("h100" if asked.hw == "cuda" else "cpu")
     whole = WholeMaps(bench, spec, profile.menu, workload, profile.frequency, asked.seed)
     ablation = Ablation(whole)
 
@@ -138,11 +202,14 @@ def main() -> None:
     mixed = random_maps(profile, correcting, rng)
     if {one.tobytes() for one in tests} & {one.tobytes() for one in (*uniform, *mixed)}:
         raise AssertionError("a map that judges corrects as well")
-    print(f"{bench.device}, {bench.stack}; decode, batch {asked.batch}")
+    print(f"{bench.device}, {bench.stack}")
+    print(f"at the widths of {asked.geometry}; decode, batch {asked.batch}")
     print(
         f"{len(whole.layers)} of {len(spec.moe_layers)} layers, {whole.steps} drawn steps; "
         f"{judged} maps judge, {len(uniform)} uniform and {correcting} mixed maps correct"
     )
+    rows: dict[str, Any] = {"device": bench.device, "stack": bench.stack}
+    rows |= {"geometry": asked.geometry, "batch": asked.batch}
     with tempfile.TemporaryDirectory() as folder:
         isolated = LiveModel(bench, folder=Path(folder))
         isolated.expert_latency(spec, profile.menu, workload, inclusion=profile.frequency)
@@ -152,24 +219,52 @@ def main() -> None:
         seconds[order] = ablation.seconds([maps[i] for i in order])
         anchors, more, first = np.split(seconds, [len(uniform), len(uniform) + len(mixed)])
         second = ablation.seconds(tests)
-        print(
-            f"a step's routed experts take {first.min() * 1e3:.2f} to {first.max() * 1e3:.2f} ms"
-        )
+        rows["uniform_s"] = dict(zip(firsts, anchors.tolist(), strict=True))
+        for kernel, took in rows["uniform_s"].items():
+            print(f"  all experts by {kernel}: {took * 1e6:,.1f} µs a step")
+        print(f"  maps that judge: {first.min() * 1e6:,.1f} to {first.max() * 1e6:,.1f} µs a step")
         print(f"\n{'costs':44} {'MAPE':>7} {'worst':>8} {'bias':>8} {'tau':>6}")
-        models = {"analytical (cpu.json)": load_hardware("cpu"), "isolated kernels": isolated}
-        for name, base in models.items():
-            both = [*uniform, *mixed], np.concatenate([anchors, more])
+        bases = {
+            f"analytical ({analytical})": load_hardware(analytical),
+            "isolated kernels": isolated,
+        }
+        both = [*uniform, *mixed], np.concatenate([anchors, more])
+        models: dict[str, CorrectedModel] = {}
+        rows["predictions"] = {}
+        for name, base in bases.items():
             for said, seen, times in (
                 ("", [], anchors[:0]),
                 (f", corrected by {len(uniform)} maps", uniform, anchors),
                 (f", corrected by {len(both[0])} maps", *both),
             ):
                 model = ablation.corrected(base, seen, times)
-                print(line(name + said, first, ablation.predicted(model, tests)))
-        print(line("measured again", first, second))
+                found = errors(first, ablation.predicted(model, tests))
+                rows["predictions"][name + said] = found
+                print(line(name + said, found))
+                models[name + said] = model
+        rows["predictions"]["measured again"] = errors(first, second)
+        print(line("measured again", rows["predictions"]["measured again"]))
         print("\nfactors of the isolated kernels' times")
         for kernel, factor in model.correction.factors.items():
             print(f"  {factor.value:.3f} ± {factor.deviation:.3f}  {kernel}")
+
+        fastest, slowest = float(seconds.min()), float(seconds.max())
+        print("\nmaps chosen within a limit: measured time over the limit (the profile's KL)")
+        limits = [fastest + share * (slowest - fastest) for share in LIMITS]
+        print(f"{'costs':44} " + " ".join(f"{limit * 1e6:13,.1f} µs" for limit in limits))
+        rows["limits_s"], rows["searches"] = limits, {}
+        for name, model in models.items():
+            got = [ablation.searched(model, profile, limit) for limit in limits]
+            rows["searches"][name] = got
+            said = [
+                "no map".rjust(16)
+                if one is None
+                else f"{one[0] / limit - 1:+7.1%} ({one[1]:.3f})".rjust(16)
+                for one, limit in zip(got, limits, strict=True)
+            ]
+            print(f"{name:44} " + " ".join(said))
+    if asked.out is not None:
+        asked.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dmpq.errors import InputError, first_line
 from dmpq.formats import Format
 from dmpq.hw_models import machine
 from dmpq.hw_models.device import read_device
-from dmpq.hw_models.kernels import Kernel, choose, kernels, library_versions
+from dmpq.hw_models.kernels import Kernel, choose, keep_tuning, kernels, library_versions
 from dmpq.hw_models.measurements import (
     CopyTiming,
     Energy,
@@ -137,6 +137,7 @@ class Bench:
             progress(f"measuring, {stage}", done, len(jobs))
             found.append(job())
         progress("measuring", len(jobs), len(jobs))
+        keep_tuning(self.rig.device)
 
         def of(kind: Any) -> tuple[Any, ...]:
             return tuple(sorted(item for item in found if isinstance(item, kind)))
@@ -303,8 +304,8 @@ def cuda_bench(*, tdp_w: float | None = None, rig: Rig | None = None) -> Bench:
             f"not measured, but {POWER_SHARE:g} x {tdp_w:g} W as given by --tdp-w",
             assumed_w=POWER_SHARE * tdp_w,
         )
-    in_use, total = meter.memory_bytes()
     found, notes = kernels(device)
+    in_use, total = meter.memory_bytes()  # with the context and the kernels' modules, now loaded
     return Bench(
         name="cuda",
         rig=replace(rig, device=device, threads=torch.get_num_threads()),

@@ -7,15 +7,19 @@ torch is imported when a kernel is first asked for.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.errors import first_line
 from dmpq.formats import FULL_WIDTH, Format
+from dmpq.hw_models import machine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +31,8 @@ TOLERANCE: Final = 0.02
 """Largest error of a product, relative to the largest entry: bf16 rounds to 3 digits."""
 _CHECKED_SHAPE: Final = (256, 512)
 _CHECKED_GROUP: Final = 128
+_CHECKED_TOKENS: Final = (1, 5, 64)
+"""A kernel may be several, by the rows of the activations: a vector, a few, many."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +159,7 @@ def _checked(device: str) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:
                 offered.append(kernel)
             else:
                 notes.append(f"{kernel.name} is left out: {reason}")
+    keep_tuning(device)
     return tuple(sorted(offered, key=lambda kernel: kernel.bits)), tuple(notes)
 
 
@@ -169,7 +176,7 @@ def fault(kernel: Kernel, device: str) -> str | None:
         exact = kernel.codes(weight, _CHECKED_GROUP).weight()
     try:
         stored = kernel.store(weight, _CHECKED_GROUP)
-        for tokens in (1, 5, 33):
+        for tokens in _CHECKED_TOKENS:
             x = torch.randn(tokens, columns, generator=generator).bfloat16().to(device)
             expected = x.float() @ exact.T
             error = (kernel(x, stored).float() - expected).abs().max() / expected.abs().max()
@@ -286,6 +293,10 @@ def _gemlite(device: str) -> list[Kernel]:
         raise
     import torch
 
+    tuned = _tuning_file(device)
+    if tuned.is_file():
+        import_module("gemlite").load_config(str(tuned))
+
     def make(bits: int) -> Kernel:
         def pack(codes: Codes, group: int) -> Stored:
             zeros = -codes.shift.float() / codes.scale.float()  # weight = (code - zero) * scale
@@ -304,6 +315,23 @@ def _gemlite(device: str) -> list[Kernel]:
         )
 
     return [make(bits) for bits in (2, 4, 8)]
+
+
+def keep_tuning(device: str) -> None:
+    """Keep what gemlite has tuned itself to, minutes of work, for the next process on this GPU."""
+    gemlite = sys.modules.get("gemlite")
+    if gemlite is not None and device.startswith("cuda"):
+        with suppress(OSError):  # no place to keep it: the next process tunes again
+            file = _tuning_file(device)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            gemlite.cache_config(str(file))
+
+
+def _tuning_file(device: str) -> Path:
+    import torch
+
+    gpu = torch.cuda.get_device_name(device).lower().replace(" ", "-").replace("/", "-")
+    return machine.cache_folder("tuning") / f"{gpu}-gemlite-{version('gemlite')}.json"
 
 
 def _scales_and_zeros(codes: Codes) -> Tensor:

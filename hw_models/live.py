@@ -105,8 +105,8 @@ class LiveModel:
         return model.expert_latency(spec, menu, workload, inclusion=inclusion)
 
     def stored_bits(self, spec: ModelSpec, menu: Menu) -> NDArray[np.int64]:
-        """Return the bits of each expert's projections in memory, (N, 2, B): the formats' own."""
-        return spec.stored_bits(menu)
+        """Return the bits of each expert's projections in memory, (N, 2, B): the kernels'."""
+        return self.measured(spec, menu, Workload()).stored_bits(spec, menu)
 
     def notes(self) -> tuple[str, ...]:
         """Return where the energy comes from."""

@@ -97,7 +97,7 @@ class MeasuredModel:
         """
         maps = checked_maps(assignments, spec, menu)
         tables = self._tables(spec, menu, workload, inclusion)
-        stored = spec.stored_bits(menu) / 8
+        stored = self.stored_bits(spec, menu) / 8
         latency, energy, memory = (
             summed(table, maps) for table in (tables.seconds, tables.joules, stored)
         )
@@ -119,8 +119,20 @@ class MeasuredModel:
         return self._tables(spec, menu, workload, inclusion).seconds.copy()
 
     def stored_bits(self, spec: ModelSpec, menu: Menu) -> NDArray[np.int64]:
-        """Return the bits of each expert's projections in memory, (N, 2, B): the formats' own."""
-        return spec.stored_bits(menu)
+        """Return the bits of each expert's projections in memory, (N, 2, B).
+
+        What the kernel was seen to hold, where it is the format's own; else the format's bits.
+        """
+        bits = spec.stored_bits(menu)
+        for ordinal, layer in enumerate(spec.moe_layers):
+            experts = np.flatnonzero(spec.layer_of_expert == ordinal)
+            for b, fmt in enumerate(menu.formats):
+                timing = self.record.expert(_shape(layer), fmt)
+                if timing.bits == fmt.bits and timing.group_size in (0, fmt.group_size):
+                    own = bits[experts[0], :, b]
+                    held = own * max(1.0, 8 * timing.stored_bytes / own.sum())
+                    bits[experts, :, b] = np.rint(held).astype(np.int64)
+        return bits
 
     def notes(self) -> tuple[str, ...]:
         """Return where the energy comes from."""

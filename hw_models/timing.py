@@ -39,6 +39,8 @@ _WARM_UP: Final = 3
 _PATIENCE: Final = 5
 _COPIED_BYTES: Final = 8 << 20
 _WEIGHT_SCALE: Final = 0.02
+_WORK_S: Final = 0.02
+"""Least time of a piece of work on CUDA, so that waiting for its end does not count."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class Rig:
         finally:
             torch.set_num_threads(before)
 
+    def allocated_bytes(self) -> int:
+        """Return what torch's allocator has given out on a CUDA device; 0 on a CPU."""
+        import torch
+
+        return torch.cuda.memory_allocated(self.device) if self.on_cuda else 0
+
     def copies(self, item_bytes: int) -> int:
         """Return how many copies of a thing exceed the cache."""
         return max(1, -(-ROTATION * self.cache_bytes // max(item_bytes, 1)))
@@ -135,7 +143,8 @@ class Rig:
         """Return the time of calls at a number of tokens."""
         return Point(tokens, **self.samples(calls).summary())
 
-    def _cuda_sampler(self, calls: Sequence[Call]) -> Callable[[], float]:
+    def captured(self, calls: Sequence[Call]) -> Call:
+        """Return the replay of calls that are captured as one CUDA graph; it does not wait."""
         import torch
 
         stream = torch.cuda.Stream(self.device)
@@ -149,11 +158,17 @@ class Rig:
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
+        return graph.replay
+
+    def _cuda_sampler(self, calls: Sequence[Call]) -> Callable[[], float]:
+        import torch
+
+        replay = self.captured(calls)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def sample() -> float:
             begin.record()
-            graph.replay()
+            replay()
             end.record()
             end.synchronize()
             return float(begin.elapsed_time(end)) / 1e3 / len(calls)
@@ -182,7 +197,9 @@ def time_expert(
     """
     hidden, inner, gated = shape
     with rig.running():
+        before = rig.allocated_bytes()
         experts = _copied_experts(rig, kernel, shape, group)
+        allocated = (rig.allocated_bytes() - before) // len(experts)
         parts: tuple[list[Point], ...] = ([], [], [])
         for rows in tokens:
             x, h = _random(rig, rows, hidden), _random(rig, rows, inner)
@@ -200,7 +217,7 @@ def time_expert(
         bits=kernel.bits,
         group_size=kernel.group_size(group),
         kernel=kernel.name,
-        stored_bytes=sum(map(stored_bytes, experts[0])),
+        stored_bytes=allocated or sum(map(stored_bytes, experts[0])),
         whole=tuple(parts[0]),
         gate_up=tuple(parts[1]),
         down=tuple(parts[2]),
@@ -210,17 +227,28 @@ def time_expert(
 def expert_work(
     rig: Rig, kernel: Kernel, shape: tuple[int, int, bool], *, group: int, tokens: int
 ) -> Callable[[], None]:
-    """Return a piece of work that runs many experts and is done when it returns."""
+    """Return a piece of work that runs many experts and is done when it returns.
+
+    On CUDA it replays a graph of them, as their times are measured: launched one by one, small
+    experts would leave the GPU idle most of the time.
+    """
     import torch
 
     with rig.running():
         experts = _copied_experts(rig, kernel, shape, group)
         x = _random(rig, tokens, shape[0])
+        calls = [_bound(expert_forward, kernel, x, expert, shape[2]) for expert in experts]
+        if not rig.on_cuda:
+            replay, passes = None, 1
+        else:
+            replay = rig.captured(calls)
+            passes = 1 + int(_WORK_S / (len(calls) * rig.samples(calls).summary()["median_s"]))
 
     def work() -> None:
         with rig.running():
-            for expert in experts:
-                expert_forward(kernel, x, expert, shape[2])
+            for _ in range(passes):
+                for call in calls if replay is None else (replay,):
+                    call()
             if rig.on_cuda:
                 torch.cuda.synchronize(rig.device)
 

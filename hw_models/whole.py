@@ -22,7 +22,7 @@ from dmpq.errors import InputError
 from dmpq.formats import FULL_WIDTH, Format, Menu
 from dmpq.hw_models.base import Floats, Workload
 from dmpq.hw_models.bench import Bench
-from dmpq.hw_models.kernels import Kernel, Stored
+from dmpq.hw_models.kernels import Kernel, Stored, keep_tuning
 from dmpq.hw_models.maps import checked_maps
 from dmpq.hw_models.routing import inclusion_probabilities
 from dmpq.hw_models.timing import expert_forward, expert_matrices, stored_bytes
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST_BYTES: Final = 2 << 30
-"""Memory that the weights of a map may take, unless told otherwise."""
+"""Memory of a CPU that the weights of a map may take, unless told otherwise."""
+GPU_SHARE: Final = 0.5
+"""Share of a GPU's free memory, likewise."""
 DRAWN_TOKENS: Final = 16
 """Tokens that are drawn at least: as many steps as it takes."""
 _WEIGHT_SCALE: Final = 0.02
@@ -82,7 +84,8 @@ class WholeMaps:
         inclusion: (N,), probability that a token selects each expert; ``None`` for uniform.
         seed: Of the draw of tokens.
         memory_bytes: That the weights may take; where a map's widest would take more, layers
-            spread evenly over the model are timed instead of all.
+            spread evenly over the model are timed instead of all. ``None`` for 2 GiB on a CPU,
+            and half of what is free on a GPU.
     """
 
     bench: Bench
@@ -91,7 +94,7 @@ class WholeMaps:
     workload: Workload
     inclusion: NDArray[np.floating] | None = None
     seed: int = 0
-    memory_bytes: float = MOST_BYTES
+    memory_bytes: float | None = None
     _templates: dict[Any, Stored] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -102,11 +105,12 @@ class WholeMaps:
             InputError: If not even one fits into the memory.
         """
         worst = max(self._layer_bytes(layer) for layer in range(len(self.spec.moe_layers)))
-        count = min(len(self.spec.moe_layers), int(self.memory_bytes // worst))
+        usable = self._usable_bytes
+        count = min(len(self.spec.moe_layers), int(usable // worst))
         if count < 1:
             raise InputError(
                 f"The experts of one layer of {self.spec.name} take {worst / 1e9:.3g} GB and "
-                f"{self.memory_bytes / 1e9:.3g} GB may be used to measure whole maps; choose a "
+                f"{usable / 1e9:.3g} GB may be used to measure whole maps; choose a "
                 "smaller --cost-geometry."
             )
         spread = np.linspace(0, len(self.spec.moe_layers) - 1, count)
@@ -164,6 +168,7 @@ class WholeMaps:
                     work()
 
             found = rig.samples([every_step])
+        keep_tuning(rig.device)
         low, median, high = np.percentile(found.seconds, (25, 50, 75)) / self.steps
         return WholeTiming(
             seconds=float(median),
@@ -194,6 +199,16 @@ class WholeMaps:
                 )
             )
         return tuple(found)
+
+    @property
+    def _usable_bytes(self) -> float:
+        """The memory that the weights may take."""
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        bench = self.bench
+        if bench.rig.on_cuda:
+            return GPU_SHARE * (bench.capacity_bytes - bench.runtime_bytes)
+        return MOST_BYTES
 
     def _awake(self, layer: int) -> list[int]:
         """Return the experts of a layer that any step wakes."""

@@ -547,11 +547,11 @@ def test_a_real_gpu_is_measured_and_replayed(tmp_path):
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    found = cuda_bench(rig=Rig(cache_bytes=1 << 20, seconds=0.0, repetitions=3))
-    spec = replace(OLMOE, moe_layers=OLMOE.moe_layers[:1])
+    found = cuda_bench(tdp_w=300, rig=Rig(cache_bytes=1 << 20, seconds=0.0, repetitions=3))
+    spec, menu = replace(OLMOE, moe_layers=OLMOE.moe_layers[:1]), Menu.parse(["4", "16"])
     model = LiveModel(found, folder=tmp_path)
-    cost = model.cost(spec, MENU, maps_of(spec, MENU), Workload())
+    cost = model.cost(spec, menu, maps_of(spec, menu), Workload())
     assert (cost.energy_j > 0).all()
     (kept,) = tmp_path.glob("cuda-*.json")
-    again = load_hardware(str(kept)).cost(spec, MENU, maps_of(spec, MENU), Workload())
+    again = load_hardware(str(kept)).cost(spec, menu, maps_of(spec, menu), Workload())
     assert again.latency_s.tolist() == cost.latency_s.tolist()

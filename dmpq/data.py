@@ -103,6 +103,8 @@ def load_splits(
     The embedded text keeps calibration and held-out documents apart by module. Of a data set
     with a test or validation split that split is held out; of any other the last fifth. The
     calibration windows are drawn at random by ``seed``; the held-out windows are always the same.
+    Either way they come evenly from all documents, as far as these are long enough: a few long
+    ones would otherwise decide what every figure says.
 
     Args:
         dataset: ``"embedded"``, a local file or folder (.txt, .jsonl, .json, .parquet), or a hub
@@ -118,22 +120,43 @@ def load_splits(
         InputError: If the text cannot be read, or is too short.
     """
     calibration, heldout, source = _read(dataset)
-    pool, stream = _windows(calibration, tokenizer, length)
-    order = np.random.default_rng(seed).permutation(len(pool))
+    pool, owners, stream = _windows(calibration, tokenizer, length)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(pool))
     if taken is not None and taken.stream == stream:
         order = order[~taken.touched(length, len(pool))[order]]
     counts = [-(-t // length) for t in (tokens.profile, tokens.search, tokens.selection)]
     needed = sum(counts)
     if len(order) < needed:
         raise _too_short(dataset, "calibration", len(order), needed, length)
-    profile, search, selection = np.split(pool[order[:needed]], np.cumsum(counts)[:2])
+    order = rng.permutation(evenly(order, owners, needed))
+    profile, search, selection = np.split(pool[order], np.cumsum(counts)[:2])
     wanted = -(-tokens.heldout // length)
-    rest, _ = _windows(heldout, tokenizer, length)
+    rest, owners, _ = _windows(heldout, tokenizer, length)
     if len(rest) < wanted:
         raise _too_short(dataset, "held-out", len(rest), wanted, length)
-    spread: NDArray[np.int64] = np.linspace(0, max(len(rest) - 1, 0), wanted).astype(np.int64)
+    spread = np.sort(evenly(np.random.default_rng(0).permutation(len(rest)), owners, wanted))
     drawn = Draw(stream, length, tuple(sorted(order[: counts[0]].tolist())))
     return Splits(profile, search, selection, rest[spread], source, drawn)
+
+
+def evenly(order: NDArray[np.int64], owners: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Return windows in rounds: one of each document, one more of each that has another, and on.
+
+    Args:
+        order: (n,), numbers of the windows to choose from; of a document those come first that
+            come first here.
+        owners: (windows,), the document of each window.
+        count: Windows wanted, at most n.
+
+    Returns:
+        (count,).
+    """
+    by_owner = np.argsort(owners[order], kind="stable")
+    _, first, sizes = np.unique(owners[order][by_owner], return_index=True, return_counts=True)
+    rounds = np.empty(len(order), np.int64)
+    rounds[by_owner] = np.arange(len(order)) - np.repeat(first, sizes)
+    return order[np.argsort(rounds, kind="stable")[:count]]
 
 
 def _too_short(dataset: str, role: str, have: int, need: int, length: int) -> InputError:
@@ -144,12 +167,19 @@ def _too_short(dataset: str, role: str, have: int, need: int, length: int) -> In
     )
 
 
-def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[Windows, str]:
-    """Tokenize, close each text with end-of-text, and cut into windows; the rest is dropped.
+def _windows(
+    texts: Iterable[str], tokenizer: Any, length: int
+) -> tuple[Windows, NDArray[np.int64], str]:
+    """Tokenize, close each text, and cut into windows; the rest is dropped.
 
-    Returns the windows, and the SHA-256 of all token ids.
+    A text is closed by end-of-text, or a line's end where the tokenizer has no such token.
+
+    Returns the windows, the number of the text in which each begins, and the SHA-256 of all token
+    ids.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = [tokenizer.eos_token_id]
+    if tokenizer.eos_token_id is None:
+        end = tokenizer("\n", add_special_tokens=False).input_ids
     pieces: list[NDArray[np.int64]] = []
     for text in texts:
         ids: list[int] = []
@@ -160,7 +190,9 @@ def _windows(texts: Iterable[str], tokenizer: Any, length: int) -> tuple[Windows
     stream = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
     whole = len(stream) // length
     digest = hashlib.sha256(stream.tobytes()).hexdigest()
-    return stream[: whole * length].reshape(whole, length), digest
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    owners = np.searchsorted(ends, length * np.arange(whole), side="right")
+    return stream[: whole * length].reshape(whole, length), owners, digest
 
 
 def _read(dataset: str) -> tuple[list[str], list[str], str]:
@@ -177,9 +209,12 @@ def _read(dataset: str) -> tuple[list[str], list[str], str]:
 
 
 def _cut(texts: list[str]) -> tuple[list[str], list[str]]:
-    joined = "\n".join(texts)
-    cut = round(len(joined) * (1 - _HELDOUT_SHARE))
-    return [joined[:cut]], [joined[cut:]]
+    """Return the texts before and after a share of all characters; one may be cut in two."""
+    cut = round(sum(map(len, texts)) * (1 - _HELDOUT_SHARE))
+    begins = np.cumsum([0, *map(len, texts)]).tolist()
+    before = [text[: max(0, cut - begin)] for text, begin in zip(texts, begins, strict=False)]
+    after = [text[max(0, cut - begin) :] for text, begin in zip(texts, begins, strict=False)]
+    return [text for text in before if text], [text for text in after if text]
 
 
 def _read_local(path: Path) -> list[str]:

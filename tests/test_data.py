@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from dmpq.data import Draw, TokenRequest, load_splits
+from dmpq.data import Draw, TokenRequest, evenly, load_splits
 from dmpq.embedded import side_documents
 from dmpq.errors import InputError
 from dmpq.moe import reference_path
@@ -117,6 +117,36 @@ def test_a_folder_gives_its_text_and_nothing_else(tmp_path, tokenizer):
     (tmp_path / "e.txt").symlink_to("nowhere")
     splits = load_splits(str(tmp_path), tokenizer, length=64, tokens=SMALL, seed=0)
     assert tokenizer.decode(splits.heldout[0]).count("line")
+
+
+def test_windows_are_taken_in_rounds_over_the_documents():
+    owners = np.array([0, 0, 0, 0, 0, 0, 1, 1, 2])
+    order = np.array([5, 8, 4, 6, 3, 2, 7, 1, 0])
+    assert evenly(order, owners, 3).tolist() == [5, 8, 6]
+    assert evenly(order, owners, 5).tolist() == [5, 8, 6, 4, 7]
+    assert sorted(evenly(order, owners, 9)) == list(range(9))
+    assert evenly(order, owners, 0).size == 0
+
+
+def test_a_long_document_gives_no_more_than_others(tmp_path, tokenizer):
+    for name, words in {"a": 40_000, "b": 2000, "c": 2000, "d": 20_000}.items():
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * words)
+    tokens = TokenRequest(profile=2048, search=2048, selection=2048, heldout=64)
+    splits = load_splits(str(tmp_path), tokenizer, length=64, tokens=tokens, seed=0)
+    for role in (splits.profile, splits.search, splits.selection):
+        assert all((role == ord(name)).any() for name in "abcd")
+    both = np.concatenate([splits.profile, splits.search, splits.selection])
+    shares = [(both == ord(name)).sum() / (both.size / 2) for name in "abcd"]
+    assert shares == pytest.approx([1 / 4] * 4, abs=0.02)
+
+
+def test_texts_of_a_tokenizer_without_end_of_text_are_apart(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "row"}) + "\n" for _ in range(2000)))
+    mute = AutoTokenizer.from_pretrained(reference_path(), local_files_only=True)
+    mute.eos_token = None
+    splits = load_splits(str(path), mute, length=64, tokens=SMALL, seed=0)
+    assert "row\nrow\n" in mute.decode(splits.search[0])
 
 
 @pytest.mark.parametrize("length", [16, 64, 100])

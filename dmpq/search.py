@@ -392,6 +392,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
             "device": problem.hardware.device,
             "notes": list(problem.hardware.notes()),
             "formats": list(problem.hardware.unsupported(problem.menu)),
+            "kernels": problem.hardware.kernels(problem.menu),
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),

@@ -75,6 +75,9 @@ class Table:
     def unsupported(self, menu):
         return ()
 
+    def kernels(self, menu):
+        return dict.fromkeys(menu.keys, "table")
+
     def notes(self):
         return ()
 

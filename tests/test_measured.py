@@ -188,6 +188,27 @@ def test_two_and_three_bits_are_stored_packed_and_timed_as_four(recorded):
     assert "one scale per row" in notes["8"]
 
 
+def test_kernels_are_those_that_were_timed(recorded):
+    kernels = recorded.kernels(MENU)
+    four = "torch aten._weight_int4pack_mm_for_cpu, groups of 128"
+    assert kernels == {
+        "2": four,
+        "3": four,
+        "4": four,
+        "8": "torch aten._weight_int8pack_mm, one scale per row",
+        "16": "torch linear (bf16)",
+    }
+
+
+def test_experts_of_two_shapes_may_have_two_kernels(recorded):
+    record = recorded.record
+    full = record.expert((2048, 1024, True), Format(16))
+    odd = replace(full, hidden_size=2000)
+    two = MeasuredModel(replace(record, experts=(*record.experts, odd)))
+    assert two.kernels(MENU)["4"].endswith(", groups of 128; or torch linear (bf16)")
+    assert [note for note in two.unsupported(MENU) if note.startswith("4:")]
+
+
 def test_it_says_what_was_measured_on_what(recorded):
     assert recorded.deterministic
     assert recorded.calibrated
@@ -258,6 +279,16 @@ def test_more_tokens_add_points_and_change_none(live, tmp_path):
     new = {e.label: e.whole for e in read_measurements(kept).experts}
     assert all(new[label][: len(old[label])] == old[label] for label in old)
     assert [p.tokens for p in new["16"]] == [1, 2, 4, 8, 16]
+
+
+def test_kernels_are_those_that_times_are_of(live):
+    """Groups of 16 suit no 4-bit kernel here, but are priced with the nearest that was timed."""
+    menu = Menu.parse("4g16,4g32,16")
+    assert live.kernels(menu)["4g16"] == "torch aten._weight_int8pack_mm, one scale per row"
+    live.cost(TINY, menu, maps_of(TINY, menu), Workload())
+    kept = live.measured(TINY, menu, Workload())
+    assert live.kernels(menu) == kept.kernels(menu)
+    assert live.unsupported(menu) == kept.unsupported(menu)
 
 
 def test_more_formats_add_kernels(live, tmp_path):

@@ -67,6 +67,9 @@ def test_everything_is_written(finished):
 
 def test_the_summary_has_every_row_and_column(finished):
     summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["hardware"]["kernels"].values()) == {
+        f"gemlite, modelled at {bits} bits" for bits in (2, 4, 16)
+    }
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == ROWS
     for row in rows.values():

@@ -71,6 +71,9 @@ class SearchConfig:
     measure_every: int | None = _option(
         None, "with host or cuda: measure every K-th new map as a whole, and correct the costs"
     )
+    tdp_w: float | None = _option(
+        None, "with cuda: board power, watts, where the GPU's energy counter cannot be read"
+    )
     explain: bool = _option(False, "show where the time, bytes and energy of the agent's map go")
     out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
 
@@ -97,6 +100,8 @@ class SearchConfig:
     def digest(self) -> str:
         """Return a hash of the whole configuration but for where it runs and writes."""
         chosen = {k: v for k, v in asdict(self).items() if k not in _NOT_RESULTS}
+        if self.tdp_w is None:  # runs from before there was this option keep their folders
+            del chosen["tdp_w"]
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 

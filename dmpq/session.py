@@ -76,7 +76,7 @@ class Session:
     @cached_property
     def hardware(self) -> HardwareModel:
         """The device that costs are computed for."""
-        hardware = load_hardware(self.config.hw, progress=self.progress)
+        hardware = load_hardware(self.config.hw, tdp_w=self.config.tdp_w, progress=self.progress)
         if self.config.measure_every is None:
             return hardware
         corrected = CorrectedModel(hardware)

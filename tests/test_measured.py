@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from dmpq import hardware
+from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.formats import Format, Menu
 from dmpq.hw_models import Workload, bench, load_hardware, machine
 from dmpq.hw_models.bench import PowerSource, cuda_bench, host_bench
-from dmpq.hw_models.live import LiveModel
+from dmpq.hw_models.live import LiveModel, cuda_model
 from dmpq.hw_models.measured import MeasuredModel
 from dmpq.hw_models.measurements import read_measurements
 from dmpq.hw_models.meters import PowerMeasurement
@@ -29,6 +30,8 @@ from dmpq.hw_models.resident import (
 )
 from dmpq.hw_models.routing import inclusion_probabilities
 from dmpq.hw_models.timing import Rig
+from dmpq.search import main as search
+from dmpq.session import Session
 from dmpq.spec import GEOMETRIES, ModelSpec, MoELayer, load_geometry
 from dmpq.testing import FakeClock, FakeGpu, FakeNvml, fake_nvml
 from dmpq.testing.hardware import HardwareModelContract
@@ -473,6 +476,49 @@ def test_energy_that_cannot_be_read_is_refused_unless_power_is_given(with_cuda, 
         found = cuda_bench(tdp_w=60)
     assert (found.power.origin, found.power.assumed_w) == ("analytical", 45)
     assert "--tdp-w" in found.power.source
+
+
+@pytest.mark.parametrize("code", [3, 4])
+def test_a_search_with_the_power_given_finds_what_the_command_measured(with_cuda, code):
+    with_cuda()
+    fake = FakeNvml([FakeGpu(uuid="GPU-0")])
+    fake.faults["nvmlDeviceGetTotalEnergyConsumption"] = code
+    wanted = needs(TINY, SMALL_MENU, Workload(), inclusion_probabilities(TINY, None))
+    with fake_nvml(fake):
+        with pytest.raises(InputError, match=r"state the power \(--tdp-w\)"):
+            _ = Session(SearchConfig(hw="cuda")).hardware
+        searched = Session(SearchConfig(hw="cuda", tdp_w=60)).hardware
+        measured = cuda_model(tdp_w=60)
+    assert searched.bench.power.assumed_w == 45
+    assert searched.bench.fingerprint(wanted) == measured.bench.fingerprint(wanted)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--hw=a100", "--tdp-w=300"], "the GPU at hand, not of a100; give it with --hw cuda"),
+        (["--hw=host", "--tdp-w=300"], "not of host; give it with --hw cuda"),
+        (["--hw=cuda", "--tdp-w=nan"], "nan W (--tdp-w) makes no sense"),
+        (["--hw=cuda", "--tdp-w=0"], "0 W (--tdp-w) makes no sense"),
+        (["--hw=cuda", "--tdp-w=1e5"], "give watts above 0 and below 100,000"),
+        (["--tdp-w=x"], "--tdp-w"),
+    ],
+)
+def test_a_search_refuses_a_power_of_no_sense_in_one_line(flags, said, tmp_path, capsys):
+    try:
+        code = search([*flags, f"--out={tmp_path / 'run'}"])
+    except SystemExit as error:
+        code = error.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_power_that_is_not_given_leaves_a_run_its_folder():
+    assert SearchConfig().digest() == "0cf9012ab3e0"
+    assert SearchConfig(hw="cuda").digest() != SearchConfig(hw="cuda", tdp_w=60).digest()
 
 
 @pytest.mark.parametrize("watts", [0, -1, float("nan"), float("inf")])

@@ -169,10 +169,10 @@ class LiveModel:
 
     def _measure(self, wanted: Needs, path: Path) -> Measurements:
         with _alone(path):
-            known = read_measurements(path) if path.is_file() else None
+            known = _kept(path) if path.is_file() else None
             if self.bench.missing(wanted, known):
                 self.bench.measure(wanted, known, progress=self.progress).write(path)
-            return read_measurements(path)
+            return _kept(path)
 
 
 def host_model(*, threads: int | None = None, progress: Progress = silent) -> LiveModel:
@@ -199,6 +199,20 @@ def cuda_model(*, tdp_w: float | None = None, progress: Progress = silent) -> Li
         InputError: If there is no CUDA device that works, or its energy cannot be read.
     """
     return LiveModel(cuda_bench(tdp_w=tdp_w), progress=progress)
+
+
+def _kept(path: Path) -> Measurements:
+    """Return what was measured before.
+
+    Raises:
+        InputError: If the file is damaged, with what to do.
+    """
+    try:
+        return read_measurements(path)
+    except InputError as error:
+        raise InputError(
+            f"{str(error).rstrip('.')}; delete that file, and what it held is measured again."
+        ) from error
 
 
 @contextmanager

@@ -313,8 +313,28 @@ def test_a_record_that_was_tampered_with_is_refused(live, tmp_path):
     (kept,) = tmp_path.glob("host-*.json")
     kept.write_text("{}")
     fresh = LiveModel(quick_bench(), folder=tmp_path)
-    with pytest.raises(InputError, match="refused"):
+    with pytest.raises(InputError, match=r"refused: .*; delete that file, and") as refused:
         fresh.cost(TINY, SMALL_MENU, maps_of(TINY), Workload())
+    assert str(kept) in str(refused.value)
+    assert str(refused.value).count(". ") == 0
+    kept.unlink()
+    assert (fresh.cost(TINY, SMALL_MENU, maps_of(TINY), Workload()).latency_s > 0).all()
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b'{"schema": "dmpq.measurements/99"}'])
+def test_a_damaged_record_ends_the_search_with_two_and_a_remedy(
+    damage, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("dmpq.hw_models.live.host_bench", lambda threads: quick_bench())
+    monkeypatch.setattr("dmpq.hw_models.live.Bench.fingerprint", lambda *_: "kept")
+    kept = machine.cache_folder() / "host-kept.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(damage)
+    assert search(["--hw=host", f"--out={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert "delete that file" in said
+    assert (said.startswith("error: "), said.count("\n")) == (True, 1)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -97,6 +97,15 @@ class SearchConfig:
         default = "olmoe-1b-7b" if self.model == "reference" else "own"
         return default if self.cost_geometry is None else self.cost_geometry
 
+    @property
+    def kept_evaluations(self) -> int:
+        """Evaluations that the agent does not get: 1 where measured maps change what is limited.
+
+        A correction may put every map so far beyond a limit; this one then brings one within it.
+        """
+        limited = self.latency_ms is not None or self.energy_j is not None
+        return int(limited and self.measure_every is not None)
+
     def digest(self) -> str:
         """Return a hash of the whole configuration but for where it runs and writes."""
         chosen = {k: v for k, v in asdict(self).items() if k not in _NOT_RESULTS}

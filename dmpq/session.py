@@ -307,6 +307,12 @@ def check_numbers(config: SearchConfig) -> None:
         if value is not None and not least <= value <= most:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value} makes no sense; give {least} to {most:,}.")
+    if config.evaluations <= config.kept_evaluations:
+        raise InputError(
+            f"--evaluations {config.evaluations} leaves none for the agent; with --measure-every "
+            "and a limit on latency or energy one is kept for a map within the corrected costs: "
+            "give 2 or more."
+        )
     for flag in LIMIT_FLAGS:
         limit = getattr(config, flag.removeprefix("--").replace("-", "_"))
         if limit is not None:

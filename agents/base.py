@@ -128,7 +128,8 @@ class OutOfEvaluations(Exception):  # noqa: N818  # control flow, like StopItera
 class Recorder:
     """Evaluates maps for an agent: counts distinct ones, never more than allowed, and keeps all.
 
-    A map met before is free: it does not count, and the evaluator knows its answer.
+    A map met before is free: it does not count, and the evaluator knows its answer. Where
+    measurements change the costs, :meth:`result` may evaluate one map beyond what is allowed.
 
     Args:
         problem: What is searched.
@@ -219,7 +220,8 @@ class Recorder:
 
         With a selector, the first map, the nominated and the best are measured on its text, and
         the reward there decides: the search has chosen its best on its own text, so that only
-        fresh text judges them fairly.
+        fresh text judges them fairly. Where measurements have put every map beyond a limit, one
+        more is evaluated; ``python -m dmpq.search`` keeps an evaluation for it.
 
         Raises:
             InputError: If no map within the limits was evaluated.

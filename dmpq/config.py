@@ -71,6 +71,9 @@ class SearchConfig:
     measure_every: int | None = _option(
         None, "with host or cuda: measure every K-th new map as a whole, and correct the costs"
     )
+    tdp_w: float | None = _option(
+        None, "with cuda: board power, watts, where the GPU's energy counter cannot be read"
+    )
     explain: bool = _option(False, "show where the time, bytes and energy of the agent's map go")
     out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
 
@@ -94,9 +97,20 @@ class SearchConfig:
         default = "olmoe-1b-7b" if self.model == "reference" else "own"
         return default if self.cost_geometry is None else self.cost_geometry
 
+    @property
+    def kept_evaluations(self) -> int:
+        """Evaluations that the agent does not get: 1 where measured maps change what is limited.
+
+        A correction may put every map so far beyond a limit; this one then brings one within it.
+        """
+        limited = self.latency_ms is not None or self.energy_j is not None
+        return int(limited and self.measure_every is not None)
+
     def digest(self) -> str:
         """Return a hash of the whole configuration but for where it runs and writes."""
         chosen = {k: v for k, v in asdict(self).items() if k not in _NOT_RESULTS}
+        if self.tdp_w is None:  # runs from before there was this option keep their folders
+            del chosen["tdp_w"]
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dmpq.console import plain_console, progress_bars
 from dmpq.errors import InputError, unknown
 from dmpq.hardware_files import check_out, write_out
-from dmpq.hw_models.catalogue import MEASURED
+from dmpq.hw_models.catalogue import MEASURED, refuse_power
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,10 +129,9 @@ def _spec(model: str, cost_geometry: str | None) -> ModelSpec:
 def _model(arguments: argparse.Namespace) -> LiveModel:
     from dmpq.hw_models.live import cuda_model, host_model
 
+    refuse_power(arguments.hw, arguments.tdp_w)
     if arguments.hw == "cuda":
         return cuda_model(tdp_w=arguments.tdp_w)
-    if arguments.tdp_w is not None:
-        raise InputError("--tdp-w is the board power of a GPU; give it with --hw cuda.")
     if arguments.threads is not None and not 1 <= arguments.threads <= _MOST_THREADS:
         raise InputError(
             f"--threads {arguments.threads} makes no sense; give 1 to {_MOST_THREADS:,}."

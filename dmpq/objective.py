@@ -16,6 +16,8 @@ from dmpq.hw_models import Cost
 Floats = NDArray[np.float64]
 
 _EXAMPLE: Final = "acc=1,lat=0.1,mem=0.1,eng=0.1"
+_ROUNDING: Final = 1e-12
+"""Of a change of units."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +93,42 @@ class Constraints:
 
     def __post_init__(self) -> None:
         for name, limit in self.given().items():
-            if not (math.isfinite(limit) and limit > 0):
-                flag, value = shown(name, limit)
-                raise InputError(f"{flag} {value} must be a number above 0.")
+            flag, unit, _ = _FLAGS[name]
+            refuse_limit(flag, limit / unit)
 
     def given(self) -> dict[str, float]:
         """Return the limits that are set, by name."""
         return {name: limit for name, limit in asdict(self).items() if limit is not None}
 
 
-_FLAGS: Final[Mapping[str, tuple[str, float]]] = {
-    "avg_bits": ("--avg-bits", 1.0),
-    "memory_bytes": ("--memory-gb", 1e9),
-    "latency_s": ("--latency-ms", 1e-3),
-    "energy_j": ("--energy-j", 1.0),
+_FLAGS: Final[Mapping[str, tuple[str, float, float]]] = {
+    "avg_bits": ("--avg-bits", 1.0, 64),
+    "memory_bytes": ("--memory-gb", 1e9, 1e12),
+    "latency_s": ("--latency-ms", 1e-3, 1e12),
+    "energy_j": ("--energy-j", 1.0, 1e12),
 }
+"""Limit → its flag, what one of the flag's unit is, and the most of them that make sense."""
+
+LIMIT_FLAGS: Final = tuple(flag for flag, _, _ in _FLAGS.values())
+
+
+def refuse_limit(flag: str, value: float) -> None:
+    """Refuse a limit, in its flag's unit, that makes no sense.
+
+    Raises:
+        InputError: If it is no number above 0, or beyond any device's.
+    """
+    most = next(most for known, _, most in _FLAGS.values() if known == flag)
+    if not 0 < value <= most * (1 + _ROUNDING):
+        raise InputError(
+            f"{flag} {value:.6g} makes no sense; give a number above 0, at most {most:g}, or "
+            "leave it out for no limit."
+        )
 
 
 def shown(name: str, value: float) -> tuple[str, str]:
     """Return a limit's flag and a value in the flag's unit, as a user would write them."""
-    flag, unit = _FLAGS[name]
+    flag, unit, _ = _FLAGS[name]
     return flag, f"{value / unit:.6g}"
 
 

@@ -193,6 +193,7 @@ def _head_room(profile: Profile) -> str:
 def _searched(run: _Run, problem: Problem) -> SearchResult:
     """Run the agent, and write every candidate into the history."""
     config, partial = run.config, run.path("history.partial.jsonl")
+    evaluations = config.evaluations - config.kept_evaluations
     with partial.open("w", encoding="utf-8") as history:
 
         def on_candidate(candidate: Candidate) -> None:
@@ -203,7 +204,7 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
                 run.best = candidate
             best = math.nan if run.best is None else run.best.kl
             stage = f"searching, best KL {best:.5f}"
-            run.session.progress(stage, candidate.evaluation, config.evaluations)
+            run.session.progress(stage, candidate.evaluation, evaluations)
             if run.loop is not None:
                 run.loop.after(candidate, problem)
 
@@ -211,7 +212,7 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
             run.agent,
             config.agent,
             problem,
-            evaluations=config.evaluations,
+            evaluations=evaluations,
             seed=config.seed,
             on_candidate=on_candidate,
             trace=run.path("agent_error.txt"),
@@ -392,6 +393,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
             "device": problem.hardware.device,
             "notes": list(problem.hardware.notes()),
             "formats": list(problem.hardware.unsupported(problem.menu)),
+            "kernels": problem.hardware.kernels(problem.menu),
         },
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),

@@ -15,7 +15,7 @@ from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.hw_models import HardwareModel, Workload, load_hardware
 from dmpq.hw_models.corrected import CorrectedModel, live_base
-from dmpq.objective import Constraints, Weights
+from dmpq.objective import LIMIT_FLAGS, Constraints, Weights, refuse_limit
 from dmpq.problem import Problem
 from dmpq.profile import Profile
 from dmpq.spec import ModelSpec, load_geometry
@@ -76,7 +76,7 @@ class Session:
     @cached_property
     def hardware(self) -> HardwareModel:
         """The device that costs are computed for."""
-        hardware = load_hardware(self.config.hw, progress=self.progress)
+        hardware = load_hardware(self.config.hw, tdp_w=self.config.tdp_w, progress=self.progress)
         if self.config.measure_every is None:
             return hardware
         corrected = CorrectedModel(hardware)
@@ -307,6 +307,16 @@ def check_numbers(config: SearchConfig) -> None:
         if value is not None and not least <= value <= most:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value} makes no sense; give {least} to {most:,}.")
+    if config.evaluations <= config.kept_evaluations:
+        raise InputError(
+            f"--evaluations {config.evaluations} leaves none for the agent; with --measure-every "
+            "and a limit on latency or energy one is kept for a map within the corrected costs: "
+            "give 2 or more."
+        )
+    for flag in LIMIT_FLAGS:
+        limit = getattr(config, flag.removeprefix("--").replace("-", "_"))
+        if limit is not None:
+            refuse_limit(flag, limit)
     if not 0 <= config.bank_memory_gb < math.inf:
         raise InputError(
             f"--bank-memory-gb {config.bank_memory_gb} is no amount of memory; give 0 or more."

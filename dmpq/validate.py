@@ -36,6 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bitmap", type=Path, help="a bit map written by dmpq.search")
     parser.add_argument("--model", help="checkpoint (default: the one the map names)")
     parser.add_argument("--hw", help="device or device file (default: the one the map names)")
+    parser.add_argument(
+        "--tdp-w",
+        type=float,
+        metavar="W",
+        help="with cuda: board power, watts, where the GPU's energy counter cannot be read",
+    )
     parser.add_argument("--dataset", help="text (default: the map's own)")
     parser.add_argument("--heldout-tokens", type=int, help="default: as many as the map's own")
     parser.add_argument("--sequence-length", type=int, help="default: the map's own")
@@ -103,6 +109,7 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         sequence_length=text["sequence_length"],
         device=arguments.device,
         threads=arguments.threads,
+        tdp_w=arguments.tdp_w,
     )
     check_numbers(config)
     if config.threads is not None:

@@ -24,6 +24,7 @@ class ProblemSettings(TypedDict, total=False):
     """Arguments of :func:`make_problem`, for the constructors that pass them on."""
 
     hw: str
+    tdp_w: float | None
     bits: str
     serve: Serve
     avg_bits: float | None
@@ -42,6 +43,7 @@ class ProblemSettings(TypedDict, total=False):
 def make_problem(
     *,
     hw: str = "a100",
+    tdp_w: float | None = None,
     bits: str = "2,3,4,8,16",
     serve: Serve = "expert",
     avg_bits: float | None = 3.0,
@@ -60,6 +62,7 @@ def make_problem(
 
     Args:
         hw: Device, DEVICE/STACK, or a device file.
+        tdp_w: With ``"cuda"``: board power, watts, where the GPU's energy counter cannot be read.
         bits: Menu of formats; must be the one the profile was measured with.
         serve: What shares one format when served: ``"expert"``, ``"projection"`` or ``"layer"``.
         avg_bits: Limit on effective bits per expert weight.
@@ -92,7 +95,7 @@ def make_problem(
     own = cost_geometry == _OWN_GEOMETRY
     return Problem(
         profile=known,
-        hardware=load_hardware(hw),
+        hardware=load_hardware(hw, tdp_w=tdp_w),
         cost_spec=known.spec if own else known.spec.with_widths_of(load_geometry(cost_geometry)),
         workload=Workload(phase=phase, batch=batch, context=context),
         weights=Weights.parse(weights),

@@ -87,13 +87,13 @@ class AnalyticalModel:
 
     Attributes:
         facts: The device.
-        kernels: One of its kernel stacks.
+        kernel_stack: One of its kernel stacks.
         balanced: Whether the tokens of a step share the experts out evenly, as the benchmarks of
             MoE kernels draw them, instead of choosing independently.
     """
 
     facts: Device
-    kernels: Stack
+    kernel_stack: Stack
     deterministic: bool = True
     balanced: bool = False
 
@@ -110,23 +110,25 @@ class AnalyticalModel:
     @property
     def stack(self) -> str:
         """Name of the kernel stack."""
-        return self.kernels.name
+        return self.kernel_stack.name
 
     @property
     def calibrated(self) -> bool:
         """Whether the experts' kernels were fitted to measured points of this very device."""
-        return self.facts.calibrated or self.kernels.calibrated
+        return self.facts.calibrated or self.kernel_stack.calibrated
 
     @property
     def source(self) -> str:
         """Where the stack's figures come from, and which of those that count are assumed."""
         assumed = "; ".join(self.assumed)
-        return f"analytical; {self.kernels.source}" + (f"; assumed: {assumed}" if assumed else "")
+        return f"analytical; {self.kernel_stack.source}" + (
+            f"; assumed: {assumed}" if assumed else ""
+        )
 
     @property
     def assumed(self) -> tuple[str, ...]:
         """Figures that a cost on this stack depends on and that nobody has published."""
-        maths = {kernel.math for kernel in self.kernels.kernels}
+        maths = {kernel.math for kernel in self.kernel_stack.kernels}
         idle = set() if self.facts.power else {"idle_w"}  # without a fit it bounds nothing
         peaks = {f"peak_{math}_flops_per_s" for math in get_args(Math) if math not in maths}
         named = [name for name in self.facts.assumed if name not in peaks | idle]
@@ -134,13 +136,13 @@ class AnalyticalModel:
         if f"stacks.{self.stack}" in named:
             return *own, f"all of stack {self.stack}"
         widths: dict[str, list[str]] = {}
-        for kernel in self.kernels.kernels:
+        for kernel in self.kernel_stack.kernels:
             if kernel.assumed:
                 rest = figures(kernel).keys() - {"bits", "passes", *kernel.assumed}
                 what = ", ".join(kernel.assumed) if rest else "all"
                 widths.setdefault(what, []).append(str(kernel.bits))
         kernels = [f"{what} of {_listed(bits)} bits" for what, bits in widths.items()]
-        return *own, *self.kernels.assumed, *kernels
+        return *own, *self.kernel_stack.assumed, *kernels
 
     @property
     def capacity_bytes(self) -> float:
@@ -221,7 +223,7 @@ class AnalyticalModel:
         sums = _sums_of_projections(tables, maps)
         parts = (
             *expert_parts(tables, menu, sums),
-            *resident_parts(self.facts, self.kernels, spec, workload),
+            *resident_parts(self.facts, self.kernel_stack, spec, workload),
         )
         uses = zip(*(present.sum(0) for present, _, _ in sums), strict=True)
         woken = sum(active.sum(0) for _, active, _ in sums) / 2
@@ -238,7 +240,8 @@ class AnalyticalModel:
                     experts=float(sum(use)) / 2,
                     active=float(woken[b]),
                     launches=int(launches[b]),
-                    kernel_bits=self.kernels.kernel(menu.formats[b].bits).bits,
+                    kernel_bits=self.kernel_stack.kernel(menu.formats[b].bits).bits,
+                    kernel=self._modelled(menu.formats[b].bits),
                 )
                 for b, use in enumerate(uses)
                 if sum(use)
@@ -277,13 +280,13 @@ class AnalyticalModel:
 
         Those of the format itself, or of the wider one that the device stores it as.
         """
-        formats = stored_formats(self.kernels, menu)
+        formats = stored_formats(self.kernel_stack, menu)
         menus = [Menu((fmt,), menu.quantizer, menu.symmetric) for fmt in formats]
         return np.concatenate([spec.stored_bits(one) for one in menus], axis=2)
 
     def _as_stored(self, maps: NDArray[np.integer], menu: Menu) -> NDArray[np.integer]:
         """Return maps with one index for formats that are stored alike: they share a launch."""
-        formats = stored_formats(self.kernels, menu)
+        formats = stored_formats(self.kernel_stack, menu)
         first = np.array([formats.index(fmt) for fmt in formats])
         return maps if (first == np.arange(len(first))).all() else first[maps]
 
@@ -293,7 +296,7 @@ class AnalyticalModel:
         return tuple(f"{key}: {what}" for key, what in found if what)
 
     def _what_lacks(self, bits: int) -> str:
-        stack = self.kernels
+        stack = self.kernel_stack
         stored, kernel = stack.stored_width(bits), stack.kernel(bits)
         where = f"{self.name}/{self.stack}"
         if kernel.passes > 1:
@@ -311,10 +314,20 @@ class AnalyticalModel:
             )
         return ""
 
+    def kernels(self, menu: Menu) -> dict[str, str]:
+        """Return the stack's name and the width that each format's time is modelled at."""
+        return {fmt.key: self._modelled(fmt.bits) for fmt in menu.formats}
+
+    def _modelled(self, bits: int) -> str:
+        kernel = self.kernel_stack.kernel(bits)
+        parts = kernel.passes
+        width = f"{kernel.bits // parts} bits"
+        return f"{self.stack}, modelled at " + (f"{parts} x {width}" if parts > 1 else width)
+
     def notes(self) -> tuple[str, ...]:
         """Return what a user of the costs should know of this device, one clause each."""
         notes = [] if self.facts.note is None else [self.facts.note]
-        width = self.kernels.resident_bits
+        width = self.kernel_stack.resident_bits
         if width != FULL_WIDTH:
             notes.append(
                 f"attention, routers, shared experts, head and KV cache are costed at {width} "
@@ -337,14 +350,16 @@ class AnalyticalModel:
         inclusion: NDArray[np.floating] | None,
     ) -> Tables:
         key = None if inclusion is None else np.asarray(inclusion, np.float64).tobytes()
-        return build_tables(self.facts, self.kernels, spec, menu, workload, key, self.balanced)
+        return build_tables(
+            self.facts, self.kernel_stack, spec, menu, workload, key, self.balanced
+        )
 
     def _power_w(self, parts: Breakdown) -> Floats | float:
         """Return mean power, watts: fitted where the file has a fit, else a share of TDP."""
         facts, latency = self.facts, parts.latency_s
         if facts.power is None:
             return UNCALIBRATED_POWER_SHARE * facts.tdp_w
-        peak = facts.peak_flops_per_s(self.kernels.kernel(16).math)
+        peak = facts.peak_flops_per_s(self.kernel_stack.kernel(16).math)
         memory = parts.traffic_bytes / latency / facts.bandwidth_bytes_per_s
         compute = parts.flops / latency / peak
         line = facts.power.base_w + facts.power.memory_w * memory + facts.power.compute_w * compute

@@ -151,6 +151,13 @@ class HardwareModel(Protocol):
         """Return one note for each format that the device cannot store or has no kernel for."""
         ...
 
+    def kernels(self, menu: Menu) -> dict[str, str]:
+        """Return what each format's time is of, in words: format key → kernel.
+
+        A measured kernel by its name and its groups, a modelled or simulated one by its width.
+        """
+        ...
+
     def notes(self) -> tuple[str, ...]:
         """Return what a user of the costs should know, assumed figures too, one clause each."""
         ...

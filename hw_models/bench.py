@@ -289,7 +289,10 @@ def cuda_bench(*, tdp_w: float | None = None, rig: Rig | None = None) -> Bench:
         InputError: If there is no CUDA device that works, or its energy cannot be read.
     """
     if tdp_w is not None and not 0 < tdp_w < MOST_WATTS:
-        raise InputError(f"A board power of {tdp_w:g} W makes no sense; give watts.")
+        raise InputError(
+            f"A board power of {tdp_w:g} W (--tdp-w) makes no sense; give watts above 0 and below "
+            f"{MOST_WATTS:,.0f}."
+        )
     torch, index = _cuda()
     facts = torch.cuda.get_device_properties(index)
     rig = Rig(cache_bytes=facts.L2_cache_size) if rig is None else rig

@@ -71,7 +71,9 @@ def list_hardware() -> list[str]:
     )
 
 
-def load_hardware(name: str, *, progress: Progress | None = None) -> HardwareModel:
+def load_hardware(
+    name: str, *, tdp_w: float | None = None, progress: Progress | None = None
+) -> HardwareModel:
     """Return the model of a device.
 
     Args:
@@ -79,18 +81,23 @@ def load_hardware(name: str, *, progress: Progress | None = None) -> HardwareMod
             shipped accelerator, this machine (``"host"`` for its CPU, ``"cuda"`` for its GPU), or
             the path of a file of a device, an accelerator or recorded measurements, which ends in
             ``.json``, or in ``.json/STACK``.
+        tdp_w: Board power of ``"cuda"``, watts, where the GPU's energy counter cannot be read.
         progress: Called with a stage's name, steps done, and all steps, while this machine is
             measured.
 
     Raises:
         InputError: If the name is unknown, the file is none of these, an accelerator's simulator
-            is not installed, or there is no such GPU.
+            is not installed, there is no such GPU, or a board power is given for anything else.
     """
+    refuse_power(name, tdp_w)
     if name in MEASURED:
+        from dmpq.hw_models.bench import silent
         from dmpq.hw_models.live import cuda_model, host_model
 
-        make = host_model if name == "host" else cuda_model
-        return make() if progress is None else make(progress=progress)
+        shown = silent if progress is None else progress
+        if name == "host":
+            return host_model(progress=shown)
+        return cuda_model(tdp_w=tdp_w, progress=shown)
     if name.endswith(".json") and holds_measurements(Path(name)):
         return MeasuredModel(read_measurements(Path(name)))
     simulated = find_accelerator(name)
@@ -100,6 +107,19 @@ def load_hardware(name: str, *, progress: Progress | None = None) -> HardwareMod
         return SystolicModel.of(simulated)
     device, stack = find_device(name)
     return AnalyticalModel(device, device.stack(stack))
+
+
+def refuse_power(name: str, tdp_w: float | None) -> None:
+    """Refuse a board power for hardware that has its own.
+
+    Raises:
+        InputError: If one is given, and the name is not ``"cuda"``.
+    """
+    if tdp_w is not None and name != "cuda":
+        raise InputError(
+            f"--tdp-w is the board power of the GPU at hand, not of {name[:60]}; give it with "
+            "--hw cuda, or leave it out."
+        )
 
 
 def find_device(name: str) -> tuple[Device, str | None]:

@@ -241,6 +241,10 @@ class CorrectedModel:
         """Return the base's notes on formats."""
         return self.base.unsupported(menu)
 
+    def kernels(self, menu: Menu) -> dict[str, str]:
+        """Return the base's kernels."""
+        return self.base.kernels(menu)
+
     def notes(self) -> tuple[str, ...]:
         """Return the base's notes, and that costs are corrected."""
         return (*self.base.notes(), "times of the routed experts are corrected by measured maps")

@@ -76,6 +76,7 @@ class FormatUse:
         active: Of these, expected in a step.
         launches: Launches in a step: one per layer and projection where it occurs.
         kernel_bits: Width of the kernel that runs it.
+        kernel: That kernel in words.
     """
 
     key: str
@@ -83,6 +84,7 @@ class FormatUse:
     active: float
     launches: int
     kernel_bits: int
+    kernel: str
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
-from dmpq.formats import Menu
+from dmpq.formats import Format, Menu
 from dmpq.hw_models import machine
 from dmpq.hw_models.base import Cost, Floats, Workload
 from dmpq.hw_models.bench import Bench, Progress, cuda_bench, host_bench, silent
 from dmpq.hw_models.kernels import choose
-from dmpq.hw_models.measured import MeasuredModel, kernel_note
+from dmpq.hw_models.measured import MeasuredModel, either, kernel_note, kernel_words
 from dmpq.hw_models.measurements import Measurements, read_measurements
 from dmpq.hw_models.needs import Needs, needs
 from dmpq.hw_models.routing import inclusion_probabilities
@@ -114,12 +114,39 @@ class LiveModel:
 
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
         """Return one note for each format without a kernel of its own."""
-        notes = []
-        for fmt in menu.formats:
-            wide = fmt.group_size * _WIDE
+        notes = (
+            kernel_note(fmt, bits, group, kernel, self.name)
+            for fmt in menu.formats
+            for kernel, bits, group in self._timed_as(fmt)
+        )
+        return tuple(dict.fromkeys(text for text in notes if text is not None))
+
+    def kernels(self, menu: Menu) -> dict[str, str]:
+        """Return the kernel of each format; several where the shapes measured differ in it."""
+        named = {
+            fmt.key: [kernel_words(*one) for one in self._timed_as(fmt)] for fmt in menu.formats
+        }
+        return {key: either(words) for key, words in named.items()}
+
+    def _timed_as(self, fmt: Format) -> list[tuple[str, int, int]]:
+        """Return kernel, width and groups of a format for each shape of expert measured so far.
+
+        Before its first measurement those that it will be measured with.
+        """
+        wide = fmt.group_size * _WIDE
+        found = {}
+        for record in self._known.values():
+            measured = {(e.shape, e.bits, e.group_size) for e in record.experts}
+            for shape in {expert.shape for expert in record.experts}:
+                kernel, group = self.bench.kernel(fmt, shape)
+                found[shape] = kernel.name, kernel.bits, group
+                if (shape, kernel.bits, group) in measured:
+                    timing = record.expert(shape, fmt)
+                    found[shape] = timing.kernel, timing.bits, timing.group_size
+        if not found:
             kernel, group = choose(self.bench.kernels, fmt, [(wide, wide)])
-            notes.append(kernel_note(fmt, kernel.bits, group, kernel.name, self.name))
-        return tuple(text for text in notes if text is not None)
+            return [(kernel.name, kernel.bits, group)]
+        return [found[shape] for shape in sorted(found)]
 
     def measured(
         self,
@@ -142,10 +169,10 @@ class LiveModel:
 
     def _measure(self, wanted: Needs, path: Path) -> Measurements:
         with _alone(path):
-            known = read_measurements(path) if path.is_file() else None
+            known = _kept(path) if path.is_file() else None
             if self.bench.missing(wanted, known):
                 self.bench.measure(wanted, known, progress=self.progress).write(path)
-            return read_measurements(path)
+            return _kept(path)
 
 
 def host_model(*, threads: int | None = None, progress: Progress = silent) -> LiveModel:
@@ -172,6 +199,20 @@ def cuda_model(*, tdp_w: float | None = None, progress: Progress = silent) -> Li
         InputError: If there is no CUDA device that works, or its energy cannot be read.
     """
     return LiveModel(cuda_bench(tdp_w=tdp_w), progress=progress)
+
+
+def _kept(path: Path) -> Measurements:
+    """Return what was measured before.
+
+    Raises:
+        InputError: If the file is damaged, with what to do.
+    """
+    try:
+        return read_measurements(path)
+    except InputError as error:
+        raise InputError(
+            f"{str(error).rstrip('.')}; delete that file, and what it held is measured again."
+        ) from error
 
 
 @contextmanager

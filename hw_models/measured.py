@@ -13,6 +13,7 @@ softmax and sampling are not in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -140,13 +141,25 @@ class MeasuredModel:
 
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
         """Return one note for each format that the record has no kernel of its own for."""
-        shape = self.record.experts[0].shape
-        timings = ((fmt, self.record.expert(shape, fmt)) for fmt in menu.formats)
+        timings = ((fmt, timing) for fmt in menu.formats for timing in self._timings(fmt))
         notes = (
             kernel_note(fmt, timing.bits, timing.group_size, timing.kernel, self.name)
             for fmt, timing in timings
         )
-        return tuple(text for text in notes if text is not None)
+        return tuple(dict.fromkeys(text for text in notes if text is not None))
+
+    def kernels(self, menu: Menu) -> dict[str, str]:
+        """Return the recorded kernel of each format; several where shapes differ in it."""
+        named = {
+            fmt.key: [kernel_words(t.kernel, t.bits, t.group_size) for t in self._timings(fmt)]
+            for fmt in menu.formats
+        }
+        return {key: either(words) for key, words in named.items()}
+
+    def _timings(self, fmt: Format) -> list[ExpertTiming]:
+        """Return what a format is timed with, one for each shape of expert."""
+        shapes = dict.fromkeys(expert.shape for expert in self.record.experts)
+        return [self.record.expert(shape, fmt) for shape in shapes]
 
     def _tables(
         self,
@@ -157,6 +170,22 @@ class MeasuredModel:
     ) -> _Tables:
         key = None if inclusion is None else np.asarray(inclusion, np.float64).tobytes()
         return _build(self.record, spec, menu, workload, key)
+
+
+def kernel_words(kernel: str, bits: int, group_size: int) -> str:
+    """Return a kernel and the groups that it runs with: ``"gemlite A16W4, groups of 64"``.
+
+    Args:
+        kernel: Its name.
+        bits: Its width.
+        group_size: Its groups; 0 for one scale per row, or none.
+    """
+    return kernel if bits == FULL_WIDTH else f"{kernel}, {_scales(group_size)}"
+
+
+def either(words: Iterable[str]) -> str:
+    """Return what formats are timed with: "a" for one kernel, "a; or b" for two."""
+    return "; or ".join(dict.fromkeys(words))
 
 
 def kernel_note(fmt: Format, bits: int, group_size: int, kernel: str, name: str) -> str | None:
@@ -176,8 +205,14 @@ def kernel_note(fmt: Format, bits: int, group_size: int, kernel: str, name: str)
         )
     if fmt.is_full or group_size == fmt.group_size:
         return None
-    scales = f"groups of {group_size}" if group_size else "one scale per row"
-    return f"{fmt.key}: stored in groups of {fmt.group_size}, timed with {scales} ({kernel})"
+    return (
+        f"{fmt.key}: stored in groups of {fmt.group_size}, timed with {_scales(group_size)} "
+        f"({kernel})"
+    )
+
+
+def _scales(group_size: int) -> str:
+    return f"groups of {group_size}" if group_size else "one scale per row"
 
 
 @dataclass(frozen=True, eq=False)

@@ -200,8 +200,7 @@ class NvmlMeter:
         if self._mig():
             raise InputError(
                 "The GPU is divided into MIG instances, and its energy counter is the whole "
-                "board's; measure on an undivided GPU, or state the power (python -m "
-                "dmpq.hardware measure --tdp-w)."
+                "board's; measure on an undivided GPU, or state the power (--tdp-w)."
             )
         return float(self._nvml("nvmlDeviceGetTotalEnergyConsumption", self._handle)) / 1e3
 
@@ -245,9 +244,9 @@ class NvmlMeter:
 
 _REASONS: Final = {
     3: "This GPU does not support {function}, as Jetson boards and those before Volta do not; "
-    "state the power (python -m dmpq.hardware measure --tdp-w), or choose a device by name.",
+    "state the power (--tdp-w), or choose a device by name.",
     4: "There is no permission for {function}; ask the administrator of this machine for access "
-    "to the GPU's counters, or state the power (python -m dmpq.hardware measure --tdp-w).",
+    "to the GPU's counters, or state the power (--tdp-w).",
     6: "The NVIDIA driver does not know this GPU; look at it with nvidia-smi.",
     9: "The NVIDIA driver is not loaded; load it, or choose a device by name.",
     12: "There is no NVIDIA driver on this machine (libnvidia-ml.so.1 is missing); install it, "

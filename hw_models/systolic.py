@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.formats import Menu
+from dmpq.formats import Format, Menu
 from dmpq.hw_models.accelerator import Accelerator
 from dmpq.hw_models.base import BITS_PER_BYTE, Cost, Floats, Workload
 from dmpq.hw_models.maps import checked_maps, summed
@@ -147,6 +147,16 @@ class SystolicModel:
                     f"{passes} planes of {widest} bits, one after the other"
                 )
         return tuple(notes)
+
+    def kernels(self, menu: Menu) -> dict[str, str]:
+        """Return the simulator, and the widths of weights that it multiplies for each format."""
+        return {fmt.key: self._simulated(fmt) for fmt in menu.formats}
+
+    def _simulated(self, fmt: Format) -> str:
+        bits, passes = self.facts.stored_as(fmt).bits, self.facts.passes(fmt.bits)
+        if passes == 1:
+            return f"SCALE-Sim, simulated at {bits} bits"
+        return f"SCALE-Sim, simulated at {passes} x {self.facts.weight_bits[-1]} bits"
 
     def _tables(
         self,

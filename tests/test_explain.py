@@ -139,6 +139,8 @@ def test_the_command_explains_for_any_device_as_json(bitmap, capsys):
     assert (own["stack"], own["workload"]["batch"], own["routing"]) == ("sglang", 2, "uniform")
     assert explain(bitmap, "--hw", "h100", "rtx4090", "--batch", "4", "--json") == 0
     both = json.loads(capsys.readouterr().out)
+    kernels = {use["kernel"] for use in both[1]["formats"]}
+    assert "gemlite, modelled at 4 bits" in kernels
     assert ["H100" in both[0]["device"], "4090" in both[1]["device"]] == [True, True]
     assert both[0]["workload"] == {"phase": "decode", "batch": 4, "context": 128}
     for one in (own, *both):

@@ -75,6 +75,9 @@ class Table:
     def unsupported(self, menu):
         return ()
 
+    def kernels(self, menu):
+        return dict.fromkeys(menu.keys, "table")
+
     def notes(self):
         return ()
 
@@ -356,6 +359,7 @@ def test_a_damaged_journal_is_measured_anew(machine, tmp_path):
     [
         (["--hw=a100", "--measure-every=4"], "--hw a100 is not it; give --hw host or --hw cuda"),
         (["--hw=host", "--measure-every=0"], "--measure-every 0 makes no sense"),
+        (["--latency-ms=9", "--evaluations=1", "--measure-every=1"], "give 2 or more"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags, said, tmp_path, capsys):
@@ -412,6 +416,38 @@ def test_maps_that_a_correction_puts_beyond_a_limit_are_brought_within_it(
     first, second = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     pairs = zip(first["assignment"], second["assignment"], strict=True)
     assert 1 <= sum(one != other for one, other in pairs) <= 16
+
+
+class UsesAll:
+    """Spends every evaluation on a map that uses the limits up."""
+
+    name = "uses-all"
+
+    def search(self, problem, *, evaluations, seed, on_candidate=None):
+        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
+        best = problem.mckp()
+        for decision in np.flatnonzero(best)[:evaluations]:
+            one = best.copy()
+            one[decision] = 0
+            recorder.evaluate(one[None])
+        return recorder.result()
+
+
+def test_a_map_brought_within_a_limit_is_one_of_the_evaluations(machine, tmp_path, monkeypatch):
+    honest = WholeMaps.measure
+
+    def measure(self, assignment):
+        found = honest(self, assignment)
+        return replace(found, seconds=found.seconds * (1.0 if len(machine) <= 2 else 1.1))
+
+    monkeypatch.setattr(WholeMaps, "measure", measure)
+    out = tmp_path / "run"
+    flags = ["--latency-ms=2500", "--measure-every=1", f"--agent={__name__}:UsesAll"]
+    assert main([*QUICK, *flags, "--weights=acc=1", "--evaluations=3", f"--out={out}"]) == 0
+    row = json.loads((out / "summary.json").read_text())["rows"][-1]
+    assert row["latency_s"] <= 2.5
+    assert row["evaluations"] == 3
+    assert len((out / "history.jsonl").read_text().splitlines()) == 3
 
 
 def test_only_the_machine_at_hand_is_corrected(tmp_path):

@@ -69,7 +69,7 @@ def test_a_stack_is_honest_about_order(hardware):
     """Memory never falls with width, nor does time by much where a wider kernel does the work."""
     cost = costs(hardware, *MENU.keys)
     assert (np.diff(cost.memory_bytes) >= 0).all()
-    kernels = load_hardware(hardware).kernels
+    kernels = load_hardware(hardware).kernel_stack
     for i, narrow in enumerate(MENU.bits):
         for j, wide in enumerate(MENU.bits[i + 1 :], i + 1):
             if kernels.kernel(int(narrow)) is kernels.kernel(int(wide)):
@@ -121,9 +121,11 @@ def test_figures_give_back_the_published_speeds_they_come_from(
 ):
     model = load_hardware(hardware)
     step = token_s(
-        model.kernels.kernel(bits), model.facts, weights=weights, stored_bytes=gigabytes * 1e9
+        model.kernel_stack.kernel(bits), model.facts, weights=weights, stored_bytes=gigabytes * 1e9
     )
-    assert 1 / (step + layers * model.kernels.layer_s) == pytest.approx(tokens_per_s, rel=0.05)
+    assert 1 / (step + layers * model.kernel_stack.layer_s) == pytest.approx(
+        tokens_per_s, rel=0.05
+    )
 
 
 def test_cpus_unpack_narrow_widths_more_slowly_than_wide_ones():
@@ -153,7 +155,9 @@ class TestEdgeTpu:
     def test_sixteen_bits_take_two_passes_and_twice_the_room(self):
         eight, sixteen = costs("coral-edge-tpu", "8", "16").latency_s
         assert sixteen > eight
-        tables = build_tables(self.model.facts, self.model.kernels, OLMOE, MENU, Workload(), None)
+        tables = build_tables(
+            self.model.facts, self.model.kernel_stack, OLMOE, MENU, Workload(), None
+        )
         assert (tables.row_s[:, :, 4] == 2 * tables.row_s[:, :, 3]).all()
         parts = self.model.breakdown(OLMOE, MENU, uniform("8", "16"), Workload())
         assert parts.launches_s[1] == pytest.approx(2 * parts.launches_s[0])

@@ -62,14 +62,14 @@ def test_latency_matches_the_formula_written_out():
     maps = rng.integers(0, 5, (1, OLMOE.num_experts))
     parts = model.breakdown(OLMOE, MENU, maps, workload)
     active = 1 - (1 - 8 / 64) ** 4
-    tile = model.kernels.tile_rows
+    tile = model.kernel_stack.tile_rows
     rows = tile * np.ceil(4 * 8 / 64 / active / tile)
     stored = OLMOE.stored_bits(MENU)[0] / 8
     for layer in (0, 7):
         chosen = maps[0, layer * 64 : (layer + 1) * 64]
         experts, launches = 0.0, 0.0
         for b in np.unique(chosen):
-            kernel = model.kernels.kernel(int(MENU.bits[b]))
+            kernel = model.kernel_stack.kernel(int(MENU.bits[b]))
             read_as = MENU.index(str(kernel.bits))
             for p, shape in enumerate((OLMOE.moe_layers[0].gate_up_shape, (2048, 1024))):
                 count = (chosen == b).sum()
@@ -128,7 +128,7 @@ def test_one_launch_per_width_present():
     maps = np.concatenate([uniform("4"), uniform("4")])
     maps[1, :2] = MENU.index("2"), MENU.index("8")
     launches = model.breakdown(OLMOE, MENU, maps, Workload()).launches_s
-    one = model.kernels.kernel(4).launch_s
+    one = model.kernel_stack.kernel(4).launch_s
     assert launches[0] == pytest.approx(np.full(16, one))
     assert launches[1] == pytest.approx(np.array([3 * one] + [one] * 15))
 
@@ -150,6 +150,13 @@ def test_width_without_kernel_is_stored_narrow_and_timed_wide():
     assert note.startswith("3:")
 
 
+def test_kernels_are_named_by_the_stack_and_the_width_that_is_modelled():
+    kernels = load_hardware("a100/sglang").kernels(MENU)
+    assert kernels["3"] == "sglang, modelled at 4 bits"
+    assert kernels["16"] == "sglang, modelled at 16 bits"
+    assert load_hardware("coral-edge-tpu").kernels(MENU)["16"].endswith("modelled at 2 x 8 bits")
+
+
 def test_power_is_a_share_of_tdp_or_fitted_within_limits():
     fixed = load_hardware("a100").breakdown(OLMOE, MENU, uniform("4"), Workload())
     assert fixed.power_w[0] == 300
@@ -163,7 +170,7 @@ def test_gemlite_ceiling_reproduces_the_published_speedups():
     model = load_hardware("rtx4090")
     weights = 16384**2
     times = {}
-    for kernel in model.kernels.kernels:
+    for kernel in model.kernel_stack.kernels:
         beta = {2: 2.25, 3: 3.25, 4: 4.25, 8: 8.0, 16: 16.0}[kernel.bits]
         memory = weights * beta / 8 / (kernel.memory_efficiency * 1008e9)
         unpack = weights / (kernel.dequantized_weights_per_s or np.inf)

@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 
+from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.hw_models import Cost
-from dmpq.objective import Baselines, Constraints, Weights, reward_terms
+from dmpq.objective import (
+    LIMIT_FLAGS,
+    Baselines,
+    Constraints,
+    Weights,
+    refuse_limit,
+    reward_terms,
+)
+from dmpq.session import check_numbers
 
 
 def test_the_formula():
@@ -56,6 +65,21 @@ def test_bad_weights_are_refused(text, message):
 def test_bad_limits_are_refused_by_their_flag(name, flag, value):
     with pytest.raises(InputError, match=flag):
         Constraints(**{name: value})
+
+
+@pytest.mark.parametrize("flag", LIMIT_FLAGS)
+@pytest.mark.parametrize("value", ["1e300", "1e13", "inf", "nan", "0", "-1"])
+def test_limits_beyond_any_device_are_refused_as_they_were_written(flag, value):
+    config = SearchConfig(**{flag.removeprefix("--").replace("-", "_"): float(value)})
+    with pytest.raises(InputError, match=r"makes no sense; give a number above 0, at most") as no:
+        check_numbers(config)
+    assert str(no.value).startswith(f"{flag} {float(value):.6g} ")
+
+
+def test_limits_far_above_every_device_are_taken():
+    for flag, value in zip(LIMIT_FLAGS, (64.0, 1e12, 1e12, 1e12), strict=True):
+        refuse_limit(flag, value)
+    assert Constraints(latency_s=1e12 * 1e-3, memory_bytes=1e12 * 1e9).given()
 
 
 def test_given_limits():

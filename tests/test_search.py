@@ -67,6 +67,9 @@ def test_everything_is_written(finished):
 
 def test_the_summary_has_every_row_and_column(finished):
     summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary["hardware"]["kernels"].values()) == {
+        f"gemlite, modelled at {bits} bits" for bits in (2, 4, 16)
+    }
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == ROWS
     for row in rows.values():
@@ -301,6 +304,12 @@ def test_every_field_is_a_flag_of_the_same_name_and_default():
         (["--avg-bits=1.5"], "1.5"),
         (["--avg-bits=-3"], "-3"),
         (["--avg-bits=nan"], "nan"),
+        (["--avg-bits=1e-300"], "1e-300"),
+        (["--memory-gb=1e300"], "--memory-gb 1e+300 makes no sense"),
+        (["--memory-gb=1e-300"], "--memory-gb 1e-300"),
+        (["--memory-gb=nan"], "nan"),
+        (["--latency-ms=1e-300"], "--latency-ms 1e-300"),
+        (["--energy-j=1e-300"], "--energy-j 1e-300"),
         (["--memory-gb=0.0001"], "memory"),
         (["--latency-ms=0.000001"], "latency"),
         (["--latency-ms=0.1", "--batch=8"], "the least time in ms"),

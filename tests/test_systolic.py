@@ -124,6 +124,9 @@ def test_lower_widths_cost_exactly_what_8_bits_cost_where_8_is_all_there_is(work
     notes = SystolicModel(EDGE, counted).unsupported(menu)
     assert [note.partition(":")[0] for note in notes] == ["2", "3", "4", "4g32", "16"]
     assert "2 planes of 8 bits" in notes[-1]
+    kernels = SystolicModel(EDGE, counted).kernels(menu)
+    assert kernels["4"] == "SCALE-Sim, simulated at 8 bits"
+    assert kernels["16"] == "SCALE-Sim, simulated at 2 x 8 bits"
 
 
 def test_linearised_latency_is_exact():

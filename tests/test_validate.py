@@ -63,6 +63,7 @@ def test_a_damaged_bit_map_ends_with_two_and_one_sentence(bitmap, tmp_path, caps
         ("--sequence-length=1", "--sequence-length 1 makes no sense"),
         ("--hw=", "Unknown hardware ''"),
         ("--hw=A10", "did you mean 'a100'"),
+        ("--tdp-w=300", "not of a100; give it with --hw cuda"),
         ("--model=", "There is no folder ''"),
         ("--device=meta", "device 'meta' cannot be used"),
     ],

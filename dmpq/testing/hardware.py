@@ -115,6 +115,13 @@ class HardwareModelContract:
         for note in self.make_model().unsupported(menu):
             assert note.partition(":")[0] in menu.keys
 
+    def test_every_format_has_a_kernel_in_words(self) -> None:
+        """The summary of a search says what each format's time is of."""
+        menu = self.make_menu()
+        kernels = self.make_model().kernels(menu)
+        assert tuple(kernels) == menu.keys
+        assert all(kernel.isprintable() and kernel.strip() for kernel in kernels.values())
+
     def test_notes_are_one_line_each(self) -> None:
         """Commands print them."""
         assert all(note.isprintable() and note for note in self.make_model().notes())

@@ -109,8 +109,6 @@ class SearchConfig:
     def digest(self) -> str:
         """Return a hash of the whole configuration but for where it runs and writes."""
         chosen = {k: v for k, v in asdict(self).items() if k not in _NOT_RESULTS}
-        if self.tdp_w is None:  # runs from before there was this option keep their folders
-            del chosen["tdp_w"]
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -404,12 +404,12 @@ def _forward_costs(spec: ModelSpec) -> tuple[list[int], list[int], int]:
     active = [
         layer.top_k * layer.expert_parameters // layer.num_experts for layer in spec.moe_layers
     ]
-    dense = 3 * spec.hidden_size * spec.dense_intermediate_size
-    layers = [spec.attention_parameters_per_layer + dense] * spec.num_layers
+    dense = spec.attention_parameters_per_layer + spec.dense_block_parameters
+    layers = [dense] * spec.num_layers
     for i, (layer, experts) in enumerate(zip(spec.moe_layers, active, strict=True)):
         number = _layer_number(layer.path, i)
         layers[number] = spec.attention_parameters_per_layer + layer.resident_parameters + experts
-    return layers, active, sum(layers) + spec.vocab_size * spec.hidden_size
+    return layers, active, sum(layers) + spec.embedding_parameters
 
 
 def expert_share(spec: ModelSpec) -> float:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, Literal, get_args, overload
+from typing import Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmpq import features
-from dmpq.errors import InputError, unknown
+from dmpq.decisions import Assignments, Decisions, Floats, Ints, Serve
+from dmpq.errors import InputError
 from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
@@ -30,11 +30,6 @@ from dmpq.objective import Baselines, Constraints, Weights, reward_terms
 from dmpq.profile import Profile
 from dmpq.projection import Projection
 from dmpq.spec import ModelSpec
-
-Serve = Literal["expert", "projection", "layer"]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Assignments = NDArray[np.integer]
 
 _BASELINE_WIDTH: Final = 8
 
@@ -96,8 +91,8 @@ class _EvaluatorField:
 class Problem:
     """A search problem: N experts, D decisions, B formats.
 
-    A decision is an expert, a projection (column 2n is expert n's gate+up, 2n+1 its down) or a
-    layer. Bits are counted on the model itself, costs at ``cost_spec``.
+    A decision is what shares one format (:class:`dmpq.decisions.Decisions`). Bits are counted on
+    the model itself, costs at ``cost_spec``.
 
     Experts that calibration never hit have sensitivities of exactly 0. They get the narrowest
     format, unless budget is left that nothing else can use and the reward does not fall: then they
@@ -129,8 +124,6 @@ class Problem:
     selector: Evaluator | None = None
 
     def __post_init__(self) -> None:
-        if self.serve not in get_args(Serve):
-            raise unknown("serving granularity", self.serve, get_args(Serve))
         if not np.array_equal(self.cost_spec.layer_of_expert, self.spec.layer_of_expert):
             raise InputError(
                 f"Costs are to be computed for {self.cost_spec.name}, which has other layers or "
@@ -196,41 +189,22 @@ class Problem:
         return self.spec.expert_parameters
 
     @cached_property
-    def _decision_of(self) -> Ints:
-        """The decision of each projection, (N, 2)."""
-        experts = np.arange(self.spec.num_experts)
-        if self.serve == "projection":
-            return experts[:, None] * 2 + np.arange(2)
-        owner = self.spec.layer_of_expert if self.serve == "layer" else experts
-        return np.stack([owner, owner], axis=1)
-
-    def _pooled(self, values: NDArray[np.number]) -> Floats:
-        """Sum values of projections, (N, 2, ...), by decision, (D, ...)."""
-        pooled = np.zeros((int(self._decision_of.max()) + 1, *values.shape[2:]))
-        np.add.at(pooled, self._decision_of, values)
-        return pooled
+    def _decisions(self) -> Decisions:
+        return Decisions(self.spec, self.serve)
 
     def per_decision(self, values: Floats) -> Floats:
         """Return the mean of experts' values, (N, ...), over each decision, (D, ...)."""
-        both = np.stack([values, values], axis=1)
-        mean: Floats = self._pooled(both) / self._pooled(np.ones_like(both))
-        return mean
+        return self._decisions.mean(values)
 
     @cached_property
     def sizes(self) -> Ints:
         """Stored bits of each decision in each format, on the model itself, (D, B)."""
-        return self._pooled(self.spec.stored_bits(self.menu)).astype(np.int64)
+        return self._decisions.summed(self.spec.stored_bits(self.menu)).astype(np.int64)
 
-    @cached_property
+    @property
     def decision_weights(self) -> Ints:
         """Number of weights that each decision covers, (D,)."""
-        shapes = np.array(
-            [
-                (math.prod(layer.gate_up_shape), math.prod(layer.down_shape))
-                for layer in self.spec.moe_layers
-            ]
-        )
-        return self._pooled(shapes[self.spec.layer_of_expert]).astype(np.int64)
+        return self._decisions.weights
 
     @cached_property
     def sensitivity(self) -> Floats:
@@ -243,7 +217,7 @@ class Problem:
         if self.serve != "projection" or own is None:
             half = self.profile.sensitivity / 2
             own = np.stack([half, half], axis=1)
-        return self._pooled(own)
+        return self._decisions.summed(own)
 
     @cached_property
     def unhit(self) -> Ints:
@@ -252,9 +226,7 @@ class Problem:
 
     def expand(self, assignments: Assignments) -> Assignments:
         """Return maps of decisions, (K, D), as maps of experts (K, N) or projections (K, 2N)."""
-        if self.serve == "layer":
-            return assignments[:, self.spec.layer_of_expert]
-        return assignments
+        return self._decisions.expand(assignments)
 
     def uniform(self, key: str) -> Ints:
         """Return the map with one format everywhere, (D,)."""
@@ -307,7 +279,7 @@ class Problem:
     @cached_property
     def linear_latency(self) -> Floats:
         """Time of each decision in each format, seconds, (D, B)."""
-        return self._pooled(
+        return self._decisions.summed(
             self.hardware.expert_latency(
                 self.cost_spec, self.menu, self.workload, inclusion=self.profile.frequency
             )
@@ -325,7 +297,8 @@ class Problem:
     @cached_property
     def _cost_sizes(self) -> Ints:
         """Bits on the device of each decision in each format, at the cost geometry, (D, B)."""
-        return self._pooled(self.hardware.stored_bits(self.cost_spec, self.menu)).astype(np.int64)
+        stored = self.hardware.stored_bits(self.cost_spec, self.menu)
+        return self._decisions.summed(stored).astype(np.int64)
 
     @cached_property
     def linear_ratios(self) -> Floats:
@@ -429,15 +402,8 @@ class Problem:
             priced={name: shares[name] / given[name] for name in NOT_ADDITIVE if name in given},
             unhit=self.unhit,
             usage=self._usage,
-            groups=self._layer_of_decision,
+            groups=self._decisions.layers,  # a layer's experts share launches
         )
-
-    @cached_property
-    def _layer_of_decision(self) -> Ints:
-        """The layer of each decision, (D,): its experts share launches."""
-        layers = np.zeros(self.num_decisions, np.int64)
-        layers[self._decision_of] = self.spec.layer_of_expert[:, None]
-        return layers
 
     def _usage(self, assignments: Assignments) -> Floats:
         """Return what maps (K, D) take of the limits on latency and energy, as shares, (K, P)."""

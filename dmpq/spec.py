@@ -157,12 +157,17 @@ class ModelSpec:
         return self.vocab_size * self.hidden_size
 
     @property
+    def dense_block_parameters(self) -> int:
+        """Weights of the block, gated, that a layer without experts has in their place."""
+        return 3 * self.hidden_size * self.dense_intermediate_size
+
+    @property
     def other_parameters(self) -> int:
         """Weights outside the routed experts, all kept at the checkpoint's own precision."""
         dense_layers = self.num_layers - len(self.moe_layers)
         return (
             self.num_layers * self.attention_parameters_per_layer
-            + dense_layers * 3 * self.hidden_size * self.dense_intermediate_size
+            + dense_layers * self.dense_block_parameters
             + sum(layer.resident_parameters for layer in self.moe_layers)
             + self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
             + self.hidden_size

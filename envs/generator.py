@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Final, Literal, TypedDict, get_args
 
+from dmpq.decisions import Serve
 from dmpq.errors import InputError, unknown
 from dmpq.evaluation import Evaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Workload, load_hardware
 from dmpq.objective import Constraints, Weights
-from dmpq.problem import Problem, Serve
+from dmpq.problem import Problem
 from dmpq.profile import Profile, reference_profile
 from dmpq.spec import load_geometry
 

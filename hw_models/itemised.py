@@ -10,7 +10,14 @@ from dmpq.formats import Menu
 from dmpq.hw_models.base import Floats, Workload
 from dmpq.hw_models.device import Device, Stack
 from dmpq.hw_models.explanation import Part
-from dmpq.hw_models.tables import FLOPS_PER_WEIGHT, Resident, Tables, power_mean
+from dmpq.hw_models.resident import (
+    FLOPS_PER_WEIGHT,
+    cache_bytes,
+    layer_cache_values,
+    layer_score_flops,
+    layer_weights,
+)
+from dmpq.hw_models.tables import Resident, Tables, power_mean
 from dmpq.spec import ModelSpec
 
 Sums = tuple[Floats, Floats, Floats]
@@ -59,37 +66,21 @@ def resident_parts(
     """Yield the parts that no bit map changes: attention to head, memory, overheads."""
     resident = Resident(device, stack, spec, workload)
     hidden, layers = spec.hidden_size, spec.num_layers
-    routers = np.zeros(layers)
-    shared, dense = np.zeros(layers), np.zeros(layers)
-    activations = np.zeros(len(spec.moe_layers))
-    for i, layer in enumerate(spec.moe_layers):
-        routers[i] = layer.num_experts * hidden
-        shared[i] = layer.resident_parameters - routers[i]
-        widths = 2 * layer.hidden_size + 3 * layer.intermediate_size
-        activations[i] = workload.tokens * layer.top_k * widths * resident.value_bytes
-    dense[len(spec.moe_layers) :] = 3 * hidden * spec.dense_intermediate_size
-    attention = np.full(layers, float(spec.attention_parameters_per_layer))
-    cached = workload.batch * workload.context * spec.cache_values_per_token * resident.value_bytes
-    seen = workload.context if workload.phase == "decode" else workload.context / 2
-    scores = 2 * FLOPS_PER_WEIGHT * workload.tokens * seen * spec.num_attention_heads
-    weights = {
-        "attention": attention,
-        "routers": routers,
-        "shared experts": shared,
-        "dense blocks": dense,
-    }
+    weights = layer_weights(spec)
+    cached = layer_cache_values(spec, workload) * resident.value_bytes
+    activations = resident.activation_bytes()
     own, bandwidth, speed = resident.weight_bytes, resident.bandwidth, resident.speed
     moved = {
         **{name: count * own for name, count in weights.items()},
-        "KV cache, scores": np.full(layers, float(cached)),
+        "KV cache, scores": np.full(layers, cached),
     }
     flops = {
         **{name: FLOPS_PER_WEIGHT * workload.tokens * count for name, count in weights.items()},
-        "KV cache, scores": np.full(layers, float(scores * spec.head_dim)),
+        "KV cache, scores": np.full(layers, layer_score_flops(spec, workload)),
     }
     stored = {
         **{name: float(count.sum()) * own for name, count in weights.items()},
-        "KV cache, scores": float(cached * layers),
+        "KV cache, scores": cache_bytes(spec, workload, value_bytes=resident.value_bytes),
     }
     stored["attention"] += hidden * own  # the last norm
     nothing = np.zeros(layers)
@@ -112,20 +103,20 @@ def resident_parts(
         traffic_bytes=float(activations.sum()),
         stored_bytes=float(activations.max()),
     )
-    table = spec.embedding_parameters
+    table = resident.head_bytes
     head = shared_time(
-        np.array(table * own / bandwidth),
+        np.array(table / bandwidth),
         np.array(resident.head_flops / speed),
     )
     yield Part(
         "head",
         memory_s=float(head[0]),
         compute_s=float(head[1]),
-        traffic_bytes=float(table * own),
+        traffic_bytes=table,
         flops=resident.head_flops,
-        stored_bytes=0.0 if spec.tie_word_embeddings else float(table * own),
+        stored_bytes=0.0 if spec.tie_word_embeddings else table,
     )
-    yield Part("embedding", stored_bytes=float(table * own))
+    yield Part("embedding", stored_bytes=table)
     yield Part("layer overhead", fixed_s=layers * stack.layer_s)
     yield Part("step overhead", fixed_s=stack.step_s)
     yield Part("sequence overhead", fixed_s=workload.batch * stack.sequence_s)

@@ -1,38 +1,76 @@
-"""What a step handles besides the routed experts: matrices, KV cache, scores, memory."""
+"""What a step handles besides the routed experts: matrices, KV cache, scores, memory.
+
+Counted here alone, from the geometry; each hardware model adds its own widths and speeds.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Final
 
-from dmpq.hw_models.base import Workload
+import numpy as np
+
+from dmpq.hw_models.base import Floats, Workload
 from dmpq.spec import ModelSpec
 
 Shape = tuple[int, int]
 
-CACHE_BYTES: Final = 2
-ACTIVATION_BYTES: Final = 2
+FLOPS_PER_WEIGHT: Final = 2
+VALUE_BYTES: Final = 2
+"""Bytes of a cached or passed value at full width."""
 
 
 def resident_matrices(spec: ModelSpec) -> Counter[Shape]:
-    """Return the matrices that every token passes in all layers, (out, in) → how often.
+    """Return the matrices that every token passes in all layers, (out, in) → how often."""
+    matrices = Counter[Shape]()
+    for shape in attention_matrices(spec):
+        matrices[shape] += spec.num_layers
+    matrices.update(block_matrices(spec))
+    return matrices
+
+
+def attention_matrices(spec: ModelSpec) -> tuple[Shape, ...]:
+    """Return the matrices of a layer's attention, (out, in).
 
     Queries, keys and values are one matrix, as engines fuse them. Latent attention, of which the
     geometry tells only the number of weights, counts as one matrix of as many.
     """
+    if spec.cache_values:
+        return (attention_shape(spec),)
+    return attention_shape(spec), (spec.hidden_size, spec.num_attention_heads * spec.head_dim)
+
+
+def block_matrices(spec: ModelSpec) -> Counter[Shape]:
+    """Return routers, shared experts and dense blocks of all layers, (out, in) → how often."""
     hidden, matrices = spec.hidden_size, Counter[Shape]()
-    matrices[attention_shape(spec)] += spec.num_layers
-    if not spec.cache_values:
-        matrices[hidden, spec.num_attention_heads * spec.head_dim] += spec.num_layers
     for layer in spec.moe_layers:
         matrices[layer.num_experts, hidden] += 1
         if shared := layer.shared_intermediate_size:
             matrices[(2 if layer.gated else 1) * shared, hidden] += 1
             matrices[hidden, shared] += 1
-    if dense := spec.num_layers - len(spec.moe_layers):
-        matrices[2 * spec.dense_intermediate_size, hidden] += dense
-        matrices[hidden, spec.dense_intermediate_size] += dense
+    dense, width = spec.num_layers - len(spec.moe_layers), spec.dense_intermediate_size
+    if dense and width:
+        matrices[2 * width, hidden] += dense
+        matrices[hidden, width] += dense
     return matrices
+
+
+def layer_weights(spec: ModelSpec) -> dict[str, Floats]:
+    """Return the weights that every token passes in each layer: what they are → (num_layers,).
+
+    Attention includes the layer's norms. Layers without experts come last, wherever they stand.
+    """
+    routers, shared, dense = np.zeros((3, spec.num_layers))
+    for i, layer in enumerate(spec.moe_layers):
+        routers[i] = layer.num_experts * spec.hidden_size
+        shared[i] = layer.resident_parameters - routers[i]
+    dense[len(spec.moe_layers) :] = spec.dense_block_parameters
+    return {
+        "attention": np.full(spec.num_layers, float(spec.attention_parameters_per_layer)),
+        "routers": routers,
+        "shared experts": shared,
+        "dense blocks": dense,
+    }
 
 
 def attention_shape(spec: ModelSpec) -> Shape:
@@ -48,17 +86,30 @@ def head_shape(spec: ModelSpec) -> Shape:
     return spec.vocab_size, spec.hidden_size
 
 
-def cache_bytes(spec: ModelSpec, workload: Workload) -> int:
+def layer_cache_values(spec: ModelSpec, workload: Workload) -> int:
+    """Return the numbers in the KV cache of one layer."""
+    return workload.batch * workload.context * spec.cache_values_per_token
+
+
+def cache_bytes(spec: ModelSpec, workload: Workload, *, value_bytes: float = VALUE_BYTES) -> float:
     """Return the bytes of the KV cache, all layers."""
-    values = workload.batch * workload.context * spec.cache_values_per_token * spec.num_layers
-    return values * CACHE_BYTES
+    return layer_cache_values(spec, workload) * spec.num_layers * value_bytes
+
+
+def context_seen(workload: Workload) -> float:
+    """Return the tokens that a token attends to: all, or in prefill half of them on average."""
+    return workload.context if workload.phase == "decode" else workload.context / 2
+
+
+def layer_score_flops(spec: ModelSpec, workload: Workload) -> float:
+    """Return the operations of one layer's attention over the context: scores and values."""
+    pairs = workload.tokens * context_seen(workload)
+    return 2.0 * FLOPS_PER_WEIGHT * pairs * spec.num_attention_heads * spec.head_dim
 
 
 def score_flops(spec: ModelSpec, workload: Workload) -> float:
-    """Return the operations of attention over the context, all layers; half of it in prefill."""
-    seen = workload.context if workload.phase == "decode" else workload.context / 2
-    pairs = workload.tokens * seen
-    return 4.0 * pairs * spec.num_attention_heads * spec.head_dim * spec.num_layers
+    """Return the operations of attention over the context, all layers."""
+    return layer_score_flops(spec, workload) * spec.num_layers
 
 
 def score_rows(spec: ModelSpec, workload: Workload) -> int:
@@ -71,14 +122,30 @@ def score_rows(spec: ModelSpec, workload: Workload) -> int:
     return max(1, spec.num_attention_heads // spec.num_key_value_heads)
 
 
-def resident_bytes(spec: ModelSpec, workload: Workload) -> float:
-    """Return memory outside the routed experts: other weights, KV cache, activations."""
-    activations = max(
-        workload.tokens
-        * layer.top_k
-        * (2 * layer.hidden_size + 3 * layer.intermediate_size)
-        * ACTIVATION_BYTES
+def activation_values(spec: ModelSpec, workload: Workload) -> Floats:
+    """Return the numbers into and out of the routed experts' products, per MoE layer, (L,)."""
+    values = [
+        workload.tokens * layer.top_k * (2 * layer.hidden_size + 3 * layer.intermediate_size)
         for layer in spec.moe_layers
-    )
-    weights = spec.other_parameters * spec.dtype_bytes
-    return float(weights + cache_bytes(spec, workload) + activations)
+    ]
+    return np.array(values, dtype=np.float64)
+
+
+def resident_bytes(
+    spec: ModelSpec,
+    workload: Workload,
+    *,
+    weight_bytes: float | None = None,
+    value_bytes: float = VALUE_BYTES,
+) -> float:
+    """Return memory outside the routed experts: other weights, KV cache, activations.
+
+    Args:
+        spec: Geometry of the model.
+        workload: What a step is.
+        weight_bytes: Bytes of a weight; ``None`` for the checkpoint's.
+        value_bytes: Bytes of a cached or passed value.
+    """
+    weights = spec.other_parameters * (spec.dtype_bytes if weight_bytes is None else weight_bytes)
+    activations = activation_values(spec, workload).max() * value_bytes
+    return float(weights + cache_bytes(spec, workload, value_bytes=value_bytes) + activations)

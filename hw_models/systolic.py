@@ -9,6 +9,7 @@ experts, so that the cost of a map is the sum of its experts'.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,14 @@ from dmpq.formats import Format, Menu
 from dmpq.hw_models.accelerator import Accelerator
 from dmpq.hw_models.base import BITS_PER_BYTE, Cost, Floats, Workload
 from dmpq.hw_models.maps import checked_maps, summed
+from dmpq.hw_models.resident import (
+    Shape,
+    attention_matrices,
+    block_matrices,
+    context_seen,
+    head_shape,
+    resident_bytes,
+)
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
 from dmpq.hw_models.scale_sim import Layer, ScaleSim, scale_sim_version
 from dmpq.hw_models.traffic import Product, offchip_bytes
@@ -224,7 +233,12 @@ def _build_tables(
         stored_bytes=stored,
         resident_s=sum(count * time for count, (time, _) in resident),
         resident_j=sum(count * energy for count, (_, energy) in resident),
-        resident_bytes=_resident_bytes(facts, spec, workload),
+        resident_bytes=resident_bytes(
+            spec,
+            workload,
+            weight_bytes=facts.resident_bits / BITS_PER_BYTE,
+            value_bytes=facts.activation_bits / BITS_PER_BYTE,
+        ),
     )
 
 
@@ -263,44 +277,22 @@ def _resident_products(
     cache; a causal prompt sees half of itself. Latent attention is one projection, and one head
     over the latent vector.
     """
-    tokens, hidden, layers = workload.tokens, spec.hidden_size, spec.num_layers
-    weights = facts.resident_bits
+    tokens, weights, layers = workload.tokens, facts.resident_bits, spec.num_layers
     if spec.cache_values:
         heads, width = 1, spec.cache_values
-        projected = -(-spec.attention_parameters_per_layer // hidden)
-        yield layers, Product(tokens, hidden, projected), weights
+        rows = -(-spec.attention_parameters_per_layer // spec.hidden_size)
+        attention: tuple[Shape, ...] = ((rows, spec.hidden_size),)
     else:
         heads, width = spec.num_key_value_heads, spec.head_dim
-        queries = spec.num_attention_heads * width
-        yield layers, Product(tokens, hidden, queries + 2 * heads * width), weights
-        yield layers, Product(tokens, queries, hidden), weights
-    decode = workload.phase == "decode"
-    seen = workload.context if decode else -(-workload.context // 2)
-    rows = spec.num_attention_heads // heads * (1 if decode else workload.context)
-    for product in (Product(rows, width, seen), Product(rows, seen, width)):
+        attention = attention_matrices(spec)
+    for outputs, inputs in attention:
+        yield layers, Product(tokens, inputs, outputs), weights
+    seen = math.ceil(context_seen(workload))
+    queries = spec.num_attention_heads // heads
+    queries *= 1 if workload.phase == "decode" else workload.context
+    for product in (Product(queries, width, seen), Product(queries, seen, width)):
         yield layers * workload.batch * heads, product, facts.activation_bits
-    dense = spec.num_layers - len(spec.moe_layers)
-    blocks = [(dense, 3, spec.dense_intermediate_size)]
-    for layer in spec.moe_layers:
-        yield 1, Product(tokens, hidden, layer.num_experts), weights
-        blocks.append((1, 3 if layer.gated else 2, layer.shared_intermediate_size))
-    for count, matrices, width in blocks:
-        if count and width:
-            yield count, Product(tokens, hidden, (matrices - 1) * width), weights
-            yield count, Product(tokens, width, hidden), weights
-    yield 1, Product(workload.batch, hidden, spec.vocab_size), weights
-
-
-def _resident_bytes(facts: Accelerator, spec: ModelSpec, workload: Workload) -> float:
-    """Return the memory outside the routed experts: weights, KV cache, activations.
-
-    What :class:`~dmpq.hw_models.AnalyticalModel` counts, at the accelerator's own widths.
-    """
-    cache = workload.batch * workload.context * spec.cache_values_per_token * spec.num_layers
-    activations = max(
-        workload.tokens * layer.top_k * (2 * layer.hidden_size + 3 * layer.intermediate_size)
-        for layer in spec.moe_layers
-    )
-    bits = spec.other_parameters * facts.resident_bits
-    bits += (cache + activations) * facts.activation_bits
-    return bits / BITS_PER_BYTE
+    for (outputs, inputs), count in block_matrices(spec).items():
+        yield count, Product(tokens, inputs, outputs), weights
+    outputs, inputs = head_shape(spec)
+    yield 1, Product(workload.batch, inputs, outputs), weights

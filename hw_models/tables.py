@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +12,16 @@ from numpy.typing import NDArray
 from dmpq.formats import FULL_WIDTH, Format, Menu
 from dmpq.hw_models.base import BITS_PER_BYTE, Floats, Workload
 from dmpq.hw_models.device import Device, Stack
+from dmpq.hw_models.resident import (
+    FLOPS_PER_WEIGHT,
+    activation_values,
+    layer_cache_values,
+    layer_score_flops,
+    layer_weights,
+    resident_bytes,
+)
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
-from dmpq.spec import ModelSpec, MoELayer
-
-FLOPS_PER_WEIGHT: Final = 2
+from dmpq.spec import ModelSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +126,7 @@ def build_tables(
             spec.num_layers * stack.layer_s + stack.step_s + workload.batch * stack.sequence_s
         ),
         resident_traffic_bytes=(
-            resident.layer_bytes().sum() + resident.activation_bytes() + resident.head_bytes
+            resident.layer_bytes().sum() + resident.activation_bytes().sum() + resident.head_bytes
         ),
         resident_flops=resident.layer_flops().sum() + resident.head_flops,
         resident_bytes=resident.memory_bytes(),
@@ -175,37 +180,28 @@ class Resident:
         return self.stack.resident_bits / BITS_PER_BYTE
 
     def _weights(self) -> Floats:
-        """Weights per layer: attention, with router and shared experts or a dense block."""
-        spec = self.spec
-        dense = 3 * spec.hidden_size * spec.dense_intermediate_size
-        sparse = [layer.resident_parameters for layer in spec.moe_layers]
-        blocks = sparse + [dense] * (spec.num_layers - len(sparse))
-        return np.array(blocks, dtype=np.float64) + spec.attention_parameters_per_layer
+        """Weights per layer, (num_layers,)."""
+        total: Floats = np.sum(list(layer_weights(self.spec).values()), axis=0)
+        return total
 
     def layer_bytes(self) -> Floats:
         """Bytes moved per layer: weights and KV cache."""
-        cache = self.workload.batch * self.workload.context * self.spec.cache_values_per_token
-        return self._weights() * self.weight_bytes + cache * self.value_bytes
+        cache = layer_cache_values(self.spec, self.workload) * self.value_bytes
+        return self._weights() * self.weight_bytes + cache
 
-    def activation_bytes(self) -> float:
-        """Bytes of the routed experts' activations, moved once, all layers."""
-        return sum(self._activation_bytes(layer) for layer in self.spec.moe_layers)
-
-    def _activation_bytes(self, layer: MoELayer) -> float:
-        widths = 2 * layer.hidden_size + 3 * layer.intermediate_size
-        return self.workload.tokens * layer.top_k * widths * self.value_bytes
+    def activation_bytes(self) -> Floats:
+        """Bytes of the routed experts' activations, moved once, per MoE layer, (L,)."""
+        return activation_values(self.spec, self.workload) * self.value_bytes
 
     def layer_flops(self) -> Floats:
-        """Operations per layer: weights, and scores over the context (half of it in prefill)."""
-        spec, work = self.spec, self.workload
-        pairs = work.tokens * (work.context if work.phase == "decode" else work.context / 2)
-        scores = 2 * FLOPS_PER_WEIGHT * pairs * spec.num_attention_heads * spec.head_dim
-        return FLOPS_PER_WEIGHT * work.tokens * self._weights() + scores
+        """Operations per layer: weights, and scores over the context."""
+        weights = FLOPS_PER_WEIGHT * self.workload.tokens * self._weights()
+        return weights + layer_score_flops(self.spec, self.workload)
 
     @property
     def head_bytes(self) -> float:
         """Bytes of the head."""
-        return self.spec.embedding_parameters * self.weight_bytes
+        return float(self.spec.embedding_parameters * self.weight_bytes)
 
     @property
     def head_flops(self) -> float:
@@ -229,7 +225,7 @@ class Resident:
 
     def activations_s(self) -> float:
         """Return time to move the routed experts' activations."""
-        return self.activation_bytes() / self.bandwidth
+        return float(self.activation_bytes().sum()) / self.bandwidth
 
     def attention_s(self) -> float:
         """Return time of all layers without their routed experts."""
@@ -241,8 +237,9 @@ class Resident:
 
     def memory_bytes(self) -> float:
         """Return memory of the other weights, the KV cache and the activations."""
-        spec, work = self.spec, self.workload
-        cache = work.batch * work.context * spec.cache_values_per_token * spec.num_layers
-        activations = max(self._activation_bytes(layer) for layer in spec.moe_layers)
-        weights = spec.other_parameters * self.weight_bytes
-        return float(weights + cache * self.value_bytes + activations)
+        return resident_bytes(
+            self.spec,
+            self.workload,
+            weight_bytes=self.weight_bytes,
+            value_bytes=self.value_bytes,
+        )

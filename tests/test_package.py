@@ -62,7 +62,7 @@ FLOORS = [
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "profiling"},
     {"knapsack", "local_search", "objective"},
-    {"features", "projection"},
+    {"decisions", "features", "projection"},
     {"limits"},
     {"problem", "shadow_prices"},
     {"envs", "session", "config"},

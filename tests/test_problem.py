@@ -50,14 +50,6 @@ def test_linearised_reward_is_the_surrogates_up_to_launches(serve):
     np.testing.assert_allclose(np.ptp(rewards + linear_value(problem, maps)), 0, atol=1e-12)
 
 
-def test_expand():
-    problem = make_problem(serve="layer")
-    np.testing.assert_array_equal(problem.expand(np.array([[1, 4]])), [[1] * 8 + [4] * 8])
-    projection = make_problem(serve="projection")
-    maps = np.arange(32)[None] % 5
-    np.testing.assert_array_equal(projection.expand(maps), maps)
-
-
 @pytest.mark.parametrize("serve", SERVES)
 def test_projections_without_sensitivities_share_their_experts(serve):
     problem = make_problem(serve=serve, projections=False)

@@ -80,6 +80,15 @@ def test_no_rule_exceeds_its_budget_or_leaves_a_step_of_it(name, bits):
     assert bits - widest_step < spent <= bits
 
 
+@pytest.mark.parametrize("name", agents.names())
+def test_every_agent_obeys_its_budget_whatever_its_kind(name):
+    problem = whole_problem(layers=2, experts=4, bits="2,3,4")
+    result = agents.make(name).search(problem, evaluations=3, seed=0)
+    tried = np.array([candidate.assignment for candidate in result.history])
+    assert problem.feasible(tried).all()
+    assert problem.effective_bits(result.assignment[None])[0] <= 3.0
+
+
 def test_every_agent_is_called_what_it_is_registered_as():
     assert [agents.make(name).name for name in agents.names()] == agents.names()
 

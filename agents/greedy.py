@@ -23,7 +23,7 @@ class GreedyAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "greedy"
-    signal: ClassVar[str] = "sensitivity, step by step"
+    signal: ClassVar[str] = "sensitivity, greedily"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "Zemel 1980"
 

@@ -17,7 +17,7 @@ class MckpAgent(OneMapAgent):
     """Evaluates the exact optimum of the linearised objective: one evaluation."""
 
     name: ClassVar[str] = "mckp"
-    signal: ClassVar[str] = "sensitivity, exact knapsack"
+    signal: ClassVar[str] = "sensitivity, exactly"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "Pisinger 1995"
 

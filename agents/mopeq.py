@@ -73,7 +73,7 @@ class MopeqLayerAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "mopeq-layer"
-    signal: ClassVar[str] = "1 / weight norm, in layers"
+    signal: ClassVar[str] = "1 / norm, in layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2509.02512"
 

@@ -49,7 +49,7 @@ class MoqaAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "moqa"
-    signal: ClassVar[str] = "output gradient, clustered"
+    signal: ClassVar[str] = "clusters of gradients"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2503.21135"
 

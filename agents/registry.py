@@ -83,7 +83,8 @@ def _facts(name: str, place: str) -> Facts:
     kind = next((one for one in classes if one.name == class_name), None)
     if kind is None:
         return Facts(name, "", "", "")
-    said, summary = _strings(kind), (ast.get_docstring(kind) or "").partition("\n")[0]
+    said = _strings(kind)
+    summary = (ast.get_docstring(kind) or "").partition("\n")[0].replace("`", "")
     return Facts(name, said.get("signal", summary), said.get("cost", ""), said.get("source", ""))
 
 

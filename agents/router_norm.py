@@ -37,7 +37,7 @@ class RouterNormChangeAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "router-norm-change"
-    signal: ClassVar[str] = "router rows that grew least"
+    signal: ClassVar[str] = "least grown router rows"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2604.06515"
 
@@ -101,7 +101,7 @@ class RouterNormPruningAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "router-norm-pruning"
-    signal: ClassVar[str] = "router rows that grew most"
+    signal: ClassVar[str] = "most grown router rows"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2405.16646"
 

@@ -90,7 +90,7 @@ class FirstLastLayersAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "first-last-layers"
-    signal: ClassVar[str] = "place: layers at both ends"
+    signal: ClassVar[str] = "place: outer layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "practice"
 

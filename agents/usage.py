@@ -45,7 +45,7 @@ class RoutingWeightAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "routing-weight"
-    signal: ClassVar[str] = "routing weight (soft count)"
+    signal: ClassVar[str] = "routing weight, summed"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2404.05089"
 
@@ -65,7 +65,7 @@ class LayerFrequencyAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "frequency-layer"
-    signal: ClassVar[str] = "selections, within layers"
+    signal: ClassVar[str] = "selections, in layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2406.08155"
 

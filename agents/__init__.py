@@ -4,14 +4,16 @@ Importing this package imports no learning library; an agent's module is importe
 """
 
 from dmpq.agents.base import Agent, Candidate, OutOfEvaluations, Recorder, SearchResult
-from dmpq.agents.registry import make, names
+from dmpq.agents.registry import Facts, facts, make, names
 
 __all__ = [
     "Agent",
     "Candidate",
+    "Facts",
     "OutOfEvaluations",
     "Recorder",
     "SearchResult",
+    "facts",
     "make",
     "names",
 ]

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.agents.allocation import by_high_resolution
 from dmpq.agents.base import OneMapAgent
 from dmpq.problem import Problem
 
@@ -24,10 +25,10 @@ class FrequencyAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "frequency"
+    signal: ClassVar[str] = "selections by the router"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2406.08155"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the frequency map, (D,)."""
-        frequency = problem.per_decision(problem.profile.frequency)
-        used = frequency * problem.decision_weights
-        values = used[:, None] * 4.0 ** -problem.menu.bits.astype(float)
-        return problem.project(values / (values.max() or 1.0))
+        return by_high_resolution(problem, problem.profile.frequency)

@@ -23,6 +23,9 @@ class GreedyAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "greedy"
+    signal: ClassVar[str] = "sensitivity, greedily"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "Zemel 1980"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the greedy map, (D,)."""

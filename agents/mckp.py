@@ -17,6 +17,9 @@ class MckpAgent(OneMapAgent):
     """Evaluates the exact optimum of the linearised objective: one evaluation."""
 
     name: ClassVar[str] = "mckp"
+    signal: ClassVar[str] = "sensitivity, exactly"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "Pisinger 1995"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the knapsack's map, (D,)."""

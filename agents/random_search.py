@@ -24,6 +24,9 @@ class RandomAgent:
     """
 
     name: ClassVar[str] = "random"
+    signal: ClassVar[str] = "none: random maps"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "noise band"
 
     def search(
         self,

@@ -1,18 +1,40 @@
-"""Agents by name, or by ``module:Class`` for a user's own."""
+"""Agents by name, or by ``module:Class`` for a user's own, and what is known of each."""
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+from dataclasses import dataclass
+from importlib.abc import InspectLoader
 from typing import Any, Final
 
 from dmpq.agents.base import Agent
 from dmpq.errors import InputError, unknown
 
-# Strings, so that listing agents imports none of them: two need torch.
+# Strings, so that listing agents imports none of them: some need torch.
 _AGENTS: Final = {
     "uniform": "dmpq.agents.uniform:UniformAgent",
+    "uniform-fractional": "dmpq.agents.uniform_fractional:UniformFractionalAgent",
     "random": "dmpq.agents.random_search:RandomAgent",
     "frequency": "dmpq.agents.frequency:FrequencyAgent",
+    "frequency-layer": "dmpq.agents.usage:LayerFrequencyAgent",
+    "inverse-frequency": "dmpq.agents.usage:InverseFrequencyAgent",
+    "routing-weight": "dmpq.agents.usage:RoutingWeightAgent",
+    "first-layers": "dmpq.agents.structure:FirstLayersAgent",
+    "last-layers": "dmpq.agents.structure:LastLayersAgent",
+    "first-last-layers": "dmpq.agents.structure:FirstLastLayersAgent",
+    "frequency-first-layers": "dmpq.agents.structure:FrequencyFirstLayersAgent",
+    "weight-norm": "dmpq.agents.weight_statistics:WeightNormAgent",
+    "outlier-ratio": "dmpq.agents.weight_statistics:OutlierRatioAgent",
+    "kurtosis": "dmpq.agents.weight_statistics:KurtosisAgent",
+    "super-expert": "dmpq.agents.super_expert:SuperExpertAgent",
+    "mopeq-layer": "dmpq.agents.mopeq:MopeqLayerAgent",
+    "mopeq-model": "dmpq.agents.mopeq:MopeqModelAgent",
+    "router-norm": "dmpq.agents.router_norm:RouterNormAgent",
+    "router-norm-change": "dmpq.agents.router_norm:RouterNormChangeAgent",
+    "router-norm-pruning": "dmpq.agents.router_norm:RouterNormPruningAgent",
+    "moqa": "dmpq.agents.moqa:MoqaAgent",
     "greedy": "dmpq.agents.greedy:GreedyAgent",
     "mckp": "dmpq.agents.mckp:MckpAgent",
     "ppo": "dmpq.agents.ppo:PPOAgent",
@@ -20,9 +42,62 @@ _AGENTS: Final = {
 }
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What an agent's class says of itself, in class attributes of these names.
+
+    None of them is needed: an agent of a user's own may do without.
+
+    Attributes:
+        name: What it is called.
+        signal: What it goes by; without, the first line of its docstring.
+        cost: Evaluations that it takes, ``"all"`` for as many as the search allows; or empty.
+        source: The paper it follows; or empty.
+    """
+
+    name: str
+    signal: str
+    cost: str
+    source: str
+
+
 def names() -> list[str]:
     """Return the agents that come with dmpq."""
     return list(_AGENTS)
+
+
+def facts() -> list[Facts]:
+    """Return what the agents that come with dmpq say of themselves, in order.
+
+    Read from their source, which imports none of them.
+    """
+    return [_facts(name, place) for name, place in _AGENTS.items()]
+
+
+def _facts(name: str, place: str) -> Facts:
+    module_name, _, class_name = place.partition(":")
+    spec = importlib.util.find_spec(module_name)
+    loader = None if spec is None else spec.loader
+    source = loader.get_source(module_name) if isinstance(loader, InspectLoader) else None
+    classes = [node for node in ast.parse(source or "").body if isinstance(node, ast.ClassDef)]
+    kind = next((one for one in classes if one.name == class_name), None)
+    if kind is None:
+        return Facts(name, "", "", "")
+    said = _strings(kind)
+    summary = (ast.get_docstring(kind) or "").partition("\n")[0].replace("`", "")
+    return Facts(name, said.get("signal", summary), said.get("cost", ""), said.get("source", ""))
+
+
+def _strings(kind: ast.ClassDef) -> dict[str, str]:
+    """Return the strings that a class sets as its attributes, by name."""
+    return {
+        node.target.id: node.value.value
+        for node in kind.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
 
 
 def make(name: str, **options: Any) -> Agent:

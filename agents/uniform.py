@@ -18,6 +18,9 @@ class UniformAgent(OneMapAgent):
     """Evaluates the largest uniform map within the limits: one evaluation."""
 
     name: ClassVar[str] = "uniform"
+    signal: ClassVar[str] = "none"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "baseline"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the uniform map of most stored bits, (D,).

@@ -58,6 +58,9 @@ class PPOAgent:
     """
 
     name: ClassVar[str] = "ppo"
+    signal: ClassVar[str] = "learned importances"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "arXiv 1707.06347"
 
     learning_rate: float = 3e-4
     std: float = 0.3

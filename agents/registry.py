@@ -17,6 +17,9 @@ _AGENTS: Final = {
     "mckp": "dmpq.agents.mckp:MckpAgent",
     "ppo": "dmpq.agents.ppo:PPOAgent",
     "maskable-ppo": "dmpq.agents.maskable_ppo:MaskablePPOAgent",
+    "recurrent-ppo": "dmpq.agents.recurrent_ppo:RecurrentPPOAgent",
+    "a2c": "dmpq.agents.a2c:A2CAgent",
+    "dqn": "dmpq.agents.dqn:DQNAgent",
 }
 
 

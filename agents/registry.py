@@ -20,6 +20,7 @@ _AGENTS: Final = {
     "recurrent-ppo": "dmpq.agents.recurrent_ppo:RecurrentPPOAgent",
     "a2c": "dmpq.agents.a2c:A2CAgent",
     "dqn": "dmpq.agents.dqn:DQNAgent",
+    "evopress": "dmpq.agents.evopress:EvoPressAgent",
     "greedy-true": "dmpq.agents.greedy_true:GreedyTrueAgent",
 }
 

@@ -21,6 +21,7 @@ _AGENTS: Final = {
     "a2c": "dmpq.agents.a2c:A2CAgent",
     "dqn": "dmpq.agents.dqn:DQNAgent",
     "evopress": "dmpq.agents.evopress:EvoPressAgent",
+    "nsga2": "dmpq.agents.nsga2:NSGA2Agent",
     "bandit": "dmpq.agents.bandit:BanditAgent",
     "greedy-true": "dmpq.agents.greedy_true:GreedyTrueAgent",
 }

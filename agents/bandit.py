@@ -24,7 +24,7 @@ from dmpq.problem import Problem
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_FRUITLESS: Final = 50
+_FRUITLESS: Final = 20
 """Samples in a row that lead to maps met before, after which the search ends."""
 
 _ROUNDING: Final = 1e-9

@@ -29,10 +29,10 @@ _MOST_CHANGES: Final = 10
 _LEAST_SPENT: Final = 0.8
 """Share of the bits freed that a mutation must spend again, likewise."""
 
-_TRIES: Final = 50
-"""Mutations tried per offspring wanted; few are possible near the ends of the menu."""
+_TRIES: Final = 10
+"""Mutations drawn per offspring wanted; few are possible near the ends of the menu."""
 
-_FRUITLESS: Final = 20
+_FRUITLESS: Final = 5
 """Generations in a row without a new map after which the search ends."""
 
 
@@ -41,12 +41,12 @@ class EvoPressAgent:
     """Evolves one parent by (1 + lambda) selection in stages.
 
     A switch widens a decision by one format and narrows others of the same size, at random, until
-    the limits are met again: one where the menu's steps are equal, as in the original, several
-    where they are not (4 to 8 bits against 4 to 3). A generation's offspring are screened on small
-    shares of the text, the survivors and the parent are evaluated on all of it, and the best is
-    the next parent. A screened map counts as its share of an evaluation
-    (:meth:`dmpq.agents.Recorder.screen`). What is left when a generation no longer fits goes to
-    offspring that nothing has screened.
+    bits and memory are within the limits again: one where the menu's steps are equal, as in the
+    original, several where they are not (4 to 8 bits against 4 to 3). Offspring beyond a limit on
+    latency or energy are dropped. A generation's offspring are screened on small shares of the
+    text, the survivors and the parent are evaluated on all of it, and the best is the next parent.
+    A screened map counts as its share of an evaluation (:meth:`dmpq.agents.Recorder.screen`). What
+    is left when a generation no longer fits goes to offspring that nothing has screened.
 
     As published, the search starts at a random map, the best of ``initial`` by screening: uniform
     at the narrowest format that exceeds a limit, and narrowed at random decisions until none does.
@@ -166,28 +166,34 @@ def _narrowed(maps: Ints, widest: int, decisions: Ints) -> Ints:
 
 
 def _offspring(problem: Problem, parent: Ints, *, count: int, rng: np.random.Generator) -> Ints:
-    """Return distinct mutations of a map, at most ``count``, (n, D)."""
+    """Return distinct mutations of a map within every limit, at most ``count``, (n, D)."""
     kinds = np.unique(problem.sizes, axis=0, return_inverse=True)[1].ravel()
     found: dict[bytes, Ints] = {}
-    for _ in range(_TRIES * count):
-        child = _mutated(problem, parent, kinds, rng)
-        if child is not None and (child != parent).any():
-            found.setdefault(child.tobytes(), child)
-        if len(found) == count:
+    for _ in range(_TRIES):
+        drawn = [_mutated(problem, parent, kinds, rng) for _ in range(count)]
+        maps = np.array([one for one in drawn if one is not None], np.int64)
+        if len(maps):
+            maps = maps[(maps != parent).any(1) & problem.feasible(maps)]
+            found |= {one.tobytes(): one for one in maps if one.tobytes() not in found}
+        if len(found) >= count:
             break
-    return np.array([*found.values()], np.int64).reshape(-1, len(parent))
+    return np.array([*found.values()][:count], np.int64).reshape(-1, len(parent))
 
 
 def _mutated(problem: Problem, parent: Ints, kinds: Ints, rng: np.random.Generator) -> Ints | None:
     """Return a map some switches away, or ``None`` where the draw leads to none."""
     child, sizes, rows = parent.copy(), problem.sizes, np.arange(len(parent))
     target = problem.effective_bits(parent[None])[0]
+    taken, limits = problem.linear_limits
 
     def exceeds(tried: Ints) -> bool:
-        """Whether it takes more than a limit, or, without one on bits, than the parent."""
+        """Whether it takes more than a limit that adds up; without one on bits, than the parent.
+
+        What latency or energy rule out is dropped once it is finished.
+        """
         if problem.limits.avg_bits is None and problem.effective_bits(tried[None])[0] > target:
             return True
-        return not problem.feasible(tried[None])[0]
+        return bool((taken[:, rows, tried].sum(1) > limits).any())
 
     for _ in range(min(rng.integers(1, _MOST_SWITCHES + 1, size=2))):
         wider = stepped(sizes, child, 1)

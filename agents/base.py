@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
-from dmpq.evaluation import Evaluator
+from dmpq.evaluation import Assignments, Evaluations, Evaluator
 from dmpq.problem import Problem, Scores
 
 if TYPE_CHECKING:
@@ -121,6 +122,25 @@ class OneMapAgent(ABC):
         return recorder.result()
 
 
+class _AtFidelity:
+    """An evaluator that reads a share of another's text."""
+
+    def __init__(self, inner: Evaluator, fidelity: float) -> None:
+        self.name = inner.name
+        self._inner = inner
+        self._fidelity = fidelity
+
+    @property
+    def tokens_spent(self) -> float:
+        return self._inner.tokens_spent
+
+    def evaluate(self, assignments: Assignments, *, fidelity: float = 1.0) -> Evaluations:
+        return self._inner.evaluate(assignments, fidelity=fidelity * self._fidelity)
+
+    def hold(self, assignment: Assignments) -> None:
+        self._inner.hold(assignment)
+
+
 class OutOfEvaluations(Exception):  # noqa: N818  # control flow, like StopIteration
     """A new map was to be evaluated after the budget was spent."""
 
@@ -151,6 +171,8 @@ class Recorder:
         self._seen: set[bytes] = set()
         self._history: list[Candidate] = []
         self._nominated: list[bytes] = []
+        self._screened: set[tuple[bytes, float]] = set()
+        self._partial: dict[float, Problem] = {}
         self._tokens = 0.0
 
     @property
@@ -160,8 +182,10 @@ class Recorder:
 
     @property
     def remaining(self) -> int:
-        """Distinct maps that may still be evaluated."""
-        return self._allowed - len(self._history)
+        """Distinct maps that may still be evaluated; screened ones have taken their share."""
+        # Shares such as a third add up to whole evaluations but for rounding.
+        screening = math.ceil(round(sum(share for _, share in self._screened), 9))
+        return self._allowed - len(self._history) - screening
 
     def evaluate(self, assignments: NDArray[np.integer]) -> Scores:
         """Return the scores of maps (K, D), and record the new ones.
@@ -180,6 +204,32 @@ class Recorder:
         for i in sorted(new.values()):
             self._record(maps[i].copy(), scores, i)
         return scores
+
+    def screen(self, assignments: NDArray[np.integer], *, fidelity: float) -> NDArray[np.float64]:
+        """Return the rewards of maps (K, D) on a share of the text, (K,).
+
+        They are no candidates and in no history. A map counts as its share of an evaluation the
+        first time, so that searches which screen read no more text than those which do not.
+
+        Args:
+            assignments: (K, D), the maps.
+            fidelity: Share of the text, above 0 and at most 1.
+
+        Raises:
+            OutOfEvaluations: If that is more than the evaluations left; none is screened.
+        """
+        maps = np.asarray(assignments, np.int64)
+        before = self._screened
+        self._screened = before | {(row.tobytes(), fidelity) for row in maps}
+        if self.remaining < 0:
+            self._screened = before
+            raise OutOfEvaluations
+        if fidelity not in self._partial:
+            evaluator = _AtFidelity(self._problem.evaluator, fidelity)
+            self._partial[fidelity] = replace(self._problem, evaluator=evaluator, selector=None)
+        scores = self._partial[fidelity].evaluate(maps)
+        self._tokens += scores.tokens
+        return scores.reward
 
     def hold(self, assignment: NDArray[np.integer]) -> None:
         """Expect the next maps to be near this one (D,); see :meth:`Evaluator.hold`.

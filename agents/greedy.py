@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 
 from dmpq.agents.base import OneMapAgent
 from dmpq.problem import Problem
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +33,42 @@ class GreedyAgent(OneMapAgent):
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the greedy map, (D,)."""
-        sizes, values = problem.sizes.astype(np.float64), problem.linear_values()
-        choice = problem.project(sizes)
-        rows = np.arange(len(choice))
-        extra = sizes - sizes[rows, choice][:, None]
-        gain = values[rows, choice][:, None] - values
-        open_ = (extra > 0) & (gain > 0)
-        rate = np.divide(gain, extra, out=np.zeros_like(gain), where=open_)
-        while rate.any():
-            row, fmt = np.unravel_index(int(rate.argmax()), rate.shape)
-            moved = choice.copy()
-            moved[row] = fmt
-            if not problem.feasible(moved[None])[0]:
-                # Steps only take room, so what does not fit now never will.
-                rate[row, fmt] = 0.0
-                continue
-            fits = rate[row] > 0
-            choice = moved
-            extra = sizes[row] - sizes[row, fmt]
-            gain = values[row, fmt] - values[row]
-            wider = fits & (extra > 0) & (gain > 0)
-            rate[row] = np.divide(gain, extra, out=np.zeros_like(gain), where=wider)
+        choice = problem.project(problem.sizes.astype(np.float64))
+        for widened in widenings(problem, choice):
+            choice = widened
         return choice
+
+
+def widenings(problem: Problem, choice: Ints) -> Iterator[Ints]:
+    """Yield the maps (D,) of the greedy algorithm, step by step, from a map on."""
+    sizes, values = problem.sizes.astype(np.float64), problem.linear_values()
+    rate = _rates(sizes, values, choice)
+    while rate.any():
+        row, fmt = np.unravel_index(int(rate.argmax()), rate.shape)
+        moved = choice.copy()
+        moved[row] = fmt
+        if not problem.feasible(moved[None])[0]:
+            # Steps only take room, so what does not fit now never will.
+            rate[row, fmt] = 0.0
+            continue
+        choice = moved
+        here = slice(row, row + 1)
+        fits = rate[here] > 0
+        rate[here] = np.where(fits, _rates(sizes[here], values[here], choice[here]), 0.0)
+        yield choice
+
+
+def gains_per_bit(problem: Problem, choice: Ints) -> Floats:
+    """Return what the surrogate gains per stored bit by each format that is wider, (D, B).
+
+    Zero for formats that are no wider, or that gain nothing.
+    """
+    return _rates(problem.sizes.astype(np.float64), problem.linear_values(), choice)
+
+
+def _rates(sizes: Floats, values: Floats, choice: Ints) -> Floats:
+    rows = np.arange(len(choice))
+    extra = sizes - sizes[rows, choice][:, None]
+    gain = values[rows, choice][:, None] - values
+    rate: Floats = np.divide(gain, extra, out=np.zeros_like(gain), where=(extra > 0) & (gain > 0))
+    return rate

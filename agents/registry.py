@@ -39,6 +39,13 @@ _AGENTS: Final = {
     "mckp": "dmpq.agents.mckp:MckpAgent",
     "ppo": "dmpq.agents.ppo:PPOAgent",
     "maskable-ppo": "dmpq.agents.maskable_ppo:MaskablePPOAgent",
+    "recurrent-ppo": "dmpq.agents.recurrent_ppo:RecurrentPPOAgent",
+    "a2c": "dmpq.agents.a2c:A2CAgent",
+    "dqn": "dmpq.agents.dqn:DQNAgent",
+    "evopress": "dmpq.agents.evopress:EvoPressAgent",
+    "nsga2": "dmpq.agents.nsga2:NSGA2Agent",
+    "bandit": "dmpq.agents.bandit:BanditAgent",
+    "greedy-true": "dmpq.agents.greedy_true:GreedyTrueAgent",
 }
 
 

@@ -36,6 +36,9 @@ class A2CAgent:
     """
 
     name: ClassVar[str] = "a2c"
+    signal: ClassVar[str] = "learned policy, masked"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "arXiv 1602.01783"
 
     episodes: int = 256
     steps: int = 5

@@ -51,6 +51,9 @@ class BanditAgent:
     """
 
     name: ClassVar[str] = "bandit"
+    signal: ClassVar[str] = "sampled worth of steps"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "arXiv 1209.3352"
 
     doubt: float = 0.5
     noise: float = 0.3

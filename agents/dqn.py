@@ -44,6 +44,9 @@ class DQNAgent:
     """
 
     name: ClassVar[str] = "dqn"
+    signal: ClassVar[str] = "learned action values"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "arXiv 1312.5602"
 
     episodes: int = 256
     warmup: int = 8

@@ -65,6 +65,9 @@ class EvoPressAgent:
     """
 
     name: ClassVar[str] = "evopress"
+    signal: ClassVar[str] = "measured KL, evolution"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "arXiv 2410.14649"
 
     offspring: int = 32
     survivors: tuple[int, ...] = (8, 2)

@@ -35,6 +35,9 @@ class GreedyTrueAgent:
     """
 
     name: ClassVar[str] = "greedy-true"
+    signal: ClassVar[str] = "measured gain per bit"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "Zemel 1980"
 
     candidates: int = 6
 

@@ -35,6 +35,9 @@ class MaskablePPOAgent:
     """
 
     name: ClassVar[str] = "maskable-ppo"
+    signal: ClassVar[str] = "learned policy, masked"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "arXiv 2006.14171"
 
     episodes: int = 256
     episodes_per_update: int = 16

@@ -61,6 +61,9 @@ class NSGA2Agent:
     """
 
     name: ClassVar[str] = "nsga2"
+    signal: ClassVar[str] = "predicted loss, a front"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "AMQ, EMNLP 2025"
 
     initial: int = 16
     batch: int = 8

@@ -39,6 +39,9 @@ class RecurrentPPOAgent:
     """
 
     name: ClassVar[str] = "recurrent-ppo"
+    signal: ClassVar[str] = "learned policy, LSTM"
+    cost: ClassVar[str] = "all"
+    source: ClassVar[str] = "arXiv 1707.06347"
 
     episodes: int = 256
     episodes_per_update: int = 16

@@ -28,7 +28,7 @@ _FIRST_CORE: Final = 64
 _LARGE_CORE: Final = 1024
 """Choices beyond the dual's own from which on a proven gap of ``_CLOSE`` is enough."""
 
-_CLOSE: Final = 1e-6
+_CLOSE: Final = 1e-5
 """Share of the value by which a very large knapsack may miss the optimum."""
 
 _MAX_TABLE: Final = 1 << 28
@@ -137,7 +137,7 @@ class Mckp:
         """Return the best choices, int64 (D,), and by how much they may miss the optimum.
 
         The second is the share of the value that the proof leaves open: 0, up to rounding, or up
-        to 1e-6 where thousands of choices are so close that a table of them all would take long.
+        to 1e-5 where thousands of choices are so close that a table of them all would take long.
         Where HiGHS had to solve the core, its own gap of 1e-9 comes on top. Arguments and errors
         are those of :meth:`solve`.
         """
@@ -190,8 +190,6 @@ class Mckp:
         scale = np.abs(least) + price * sizes[:, -1]
         slack = _ROUNDING * float(scale.sum())
         tied = reduced <= _ROUNDING * scale[:, None]
-        unused = price * self._unused_by(tied)
-        next_best = float(np.where(tied, np.inf, reduced).min())
         reduced[rows, self._filled(tied)] = -1.0
         order = np.argsort(reduced, axis=None, kind="stable")
         count = len(values) + _FIRST_CORE
@@ -206,18 +204,20 @@ class Mckp:
             # of them adds or more, so that a smaller gap proves this one optimal.
             if gap <= slack or gap < left_out - slack or np.isinf(left_out):
                 return choice, min(gap, gap - left_out)
-            # A map of tied choices alone leaves that much unused; any other adds the next best.
-            if gap <= unused + slack and gap < next_best - slack:
+            # A better map has no choice that adds the gap or more. If the others must leave so
+            # much of the capacity unused that this costs the gap, there is none.
+            unused = price * self._unused_by(kept & (reduced < gap + slack))
+            if gap <= unused + slack:
                 return choice, gap - unused
             close = _CLOSE * abs(float(values[rows, choice].sum()))
             if count - len(values) >= _LARGE_CORE and gap - left_out <= close:
                 return choice, gap - left_out
             count += 3 * (count - len(values))
 
-    def _unused_by(self, tied: NDArray[np.bool_]) -> int:
-        """Return the least of the capacity that tied choices (D, B) alone leave unused."""
-        smallest = np.take_along_axis(self._sorted, tied.argmax(1)[:, None], axis=1)
-        steps = np.where(tied, self._sorted - smallest, 0)
+    def _unused_by(self, allowed: NDArray[np.bool_]) -> int:
+        """Return what sums of allowed choices' sizes, (D, B), must leave of the capacity."""
+        smallest = np.take_along_axis(self._sorted, allowed.argmax(1)[:, None], axis=1)
+        steps = np.where(allowed, self._sorted - smallest, 0)
         unit = int(np.gcd.reduce(steps, axis=None))
         spare = self._reach - int(smallest.sum())
         return spare % unit if unit else spare

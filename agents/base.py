@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FINALISTS: Final = 8
 """Maps that are measured again on the selector's text."""
+
+T = TypeVar("T")
 
 OnCandidate = Callable[["Candidate"], None]
 
@@ -118,7 +120,7 @@ class OneMapAgent(ABC):
         """Evaluate the rule's map; see :meth:`Agent.search`. Nothing depends on the seed."""
         del seed
         recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
-        recorder.evaluate(self.propose(problem)[None])
+        recorder.evaluate(recorder.metered(lambda: self.propose(problem))[None])
         return recorder.result()
 
 
@@ -236,10 +238,16 @@ class Recorder:
 
         What it costs is counted; it is no evaluation.
         """
+        expanded = self._problem.expand(np.asarray(assignment)[None])[0]
+        self.metered(lambda: self._problem.evaluator.hold(expanded))
+
+    def metered(self, work: Callable[[], T]) -> T:
+        """Return what some work returns, and count what it costs on the evaluator's model."""
         evaluator = self._problem.evaluator
         before = evaluator.tokens_spent
-        evaluator.hold(self._problem.expand(np.asarray(assignment)[None])[0])
+        done = work()
         self._tokens += evaluator.tokens_spent - before
+        return done
 
     def nominate(self, assignment: NDArray[np.integer]) -> None:
         """Let an evaluated map (D,) be a finalist whatever its score; the last ones count.

@@ -22,8 +22,14 @@ from dmpq.errors import InputError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_FIRST_CORE: Final = 32
+_FIRST_CORE: Final = 64
 """Choices beyond the dual's own with which the first table is built."""
+
+_LARGE_CORE: Final = 1024
+"""Choices beyond the dual's own from which on a proven gap of ``_CLOSE`` is enough."""
+
+_CLOSE: Final = 1e-5
+"""Share of the value by which a very large knapsack may miss the optimum."""
 
 _MAX_TABLE: Final = 1 << 28
 """Largest table of choices, entries of one byte."""
@@ -66,7 +72,7 @@ def solve_mckp_multi(values: Floats, sizes: Ints, capacities: Sequence[int] | In
         choice = solve_mckp(values, size, int(capacity))
         if (sizes[:, rows, choice].sum(1) <= capacities).all():
             return choice
-    return _solve_mip(values, np.ones(values.shape, bool), sizes, np.asarray(capacities))
+    return solve_mip(values, sizes, capacities)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +108,13 @@ class Mckp:
         return np.take_along_axis(self.sizes, self._order, axis=1)
 
     @cached_property
+    def _reach(self) -> int:
+        """The capacity, less what no sum of sizes can use."""
+        least = int(self._sorted[:, 0].sum())
+        unit = int(np.gcd.reduce(self._sorted - self._sorted[:, :1], axis=None)) or 1
+        return least + (self.capacity - least) // unit * unit
+
+    @cached_property
     def _pairs(self) -> tuple[Ints, Ints, Floats]:
         """Every pair of choices (smaller, larger), and the inverse of their size difference."""
         left, right = np.triu_indices(self.sizes.shape[1], k=1)
@@ -118,41 +131,115 @@ class Mckp:
         Raises:
             InputError: If a value is not finite.
         """
+        return self.solve_proven(values)[0]
+
+    def solve_proven(self, values: Floats) -> tuple[Ints, float]:
+        """Return the best choices, int64 (D,), and by how much they may miss the optimum.
+
+        The second is the share of the value that the proof leaves open: 0, up to rounding, or up
+        to 1e-5 where thousands of choices are so close that a table of them all would take long.
+        Where HiGHS had to solve the core, its own gap of 1e-9 comes on top. Arguments and errors
+        are those of :meth:`solve`.
+        """
+        by_size = self._by_size(values)
+        choice, open_ = self._solve_sorted(by_size)
+        rows = np.arange(len(values))
+        value = abs(float(by_size[rows, choice].sum()))
+        return self._order[rows, choice], max(open_, 0.0) / (value or 1.0)
+
+    def bound(self, values: Floats) -> float:
+        """Return what no map within the capacity is worth less than: the Lagrangian dual.
+
+        The optimum is above it by the duality gap, which falls with the number of decisions and
+        is none where the dual's own choices use the capacity up.
+
+        Args:
+            values: (D, B), what each choice costs in the objective; smaller is better.
+
+        Raises:
+            InputError: If a value is not finite.
+        """
+        by_size = self._by_size(values)
+        if self._sorted[np.arange(len(values)), by_size.argmin(1)].sum() <= self.capacity:
+            return float(by_size.min(1).sum())
+        price = self._price(by_size, _undominated(by_size))
+        return float((by_size + price * self._sorted).min(1).sum() - price * self._reach)
+
+    def _by_size(self, values: Floats) -> Floats:
+        """Return checked values in the order of their sizes, (D, B)."""
         if values.shape != self.sizes.shape:
             raise InputError(
                 f"Values of shape {values.shape} do not match sizes of shape {self.sizes.shape}."
             )
         if not np.isfinite(values).all():
             raise InputError("The knapsack's values must be finite numbers; some are not.")
-        rows = np.arange(len(values))
-        by_size = np.take_along_axis(np.asarray(values, np.float64), self._order, axis=1)
-        return self._order[rows, self._solve_sorted(by_size)]
+        return np.take_along_axis(np.asarray(values, np.float64), self._order, axis=1)
 
-    def _solve_sorted(self, values: Floats) -> Ints:
+    def _solve_sorted(self, values: Floats) -> tuple[Ints, float]:
+        """Return the best choices, and what the proof leaves open, in the values' unit."""
         sizes, rows = self._sorted, np.arange(len(values))
-        best_so_far = np.minimum.accumulate(values, axis=1)
-        kept = np.ones(values.shape, bool)
-        kept[:, 1:] = values[:, 1:] < best_so_far[:, :-1]
+        kept = _undominated(values)
         lowest: Ints = values.argmin(1)
         if sizes[rows, lowest].sum() <= self.capacity:
-            return lowest
+            return lowest, 0.0
         price = self._price(values, kept)
         priced = np.where(kept, values + price * sizes, np.inf)
         least = priced.min(1)
         reduced = priced - least[:, None]
-        bound = float(least.sum() - price * self.capacity)
-        slack = _ROUNDING * float(np.abs(least).sum() + price * self.capacity)
+        bound = float(least.sum() - price * self._reach)
+        scale = np.abs(least) + price * sizes[:, -1]
+        slack = _ROUNDING * float(scale.sum())
+        tied = reduced <= _ROUNDING * scale[:, None]
+        reduced[rows, self._filled(tied)] = -1.0
+        order = np.argsort(reduced, axis=None, kind="stable")
         count = len(values) + _FIRST_CORE
         while True:
-            threshold = _smallest(reduced[kept], count)
-            core = kept & (reduced <= threshold)
-            choice = _solve_core(values, core, sizes, self.capacity)
+            core = np.zeros(values.shape, bool)
+            core.flat[order[:count]] = True
+            core &= kept
+            left_out = float(reduced.flat[order[count]]) if count < order.size else np.inf
+            choice = _solve_core(values, core, sizes, self._reach)
             gap = float(values[rows, choice].sum()) - bound
-            # A map with a choice outside the core is worse than the bound by more than the
-            # threshold, so that a smaller gap proves this one optimal.
-            if gap <= slack or gap < threshold - slack or core.sum() == kept.sum():
-                return choice
+            # A map with a choice outside the core is worse than the bound by what the cheapest
+            # of them adds or more, so that a smaller gap proves this one optimal.
+            if gap <= slack or gap < left_out - slack or np.isinf(left_out):
+                return choice, min(gap, gap - left_out)
+            # A better map has no choice that adds the gap or more. If the others must leave so
+            # much of the capacity unused that this costs the gap, there is none.
+            unused = price * self._unused_by(kept & (reduced < gap + slack))
+            if gap <= unused + slack:
+                return choice, gap - unused
+            close = _CLOSE * abs(float(values[rows, choice].sum()))
+            if count - len(values) >= _LARGE_CORE and gap - left_out <= close:
+                return choice, gap - left_out
             count += 3 * (count - len(values))
+
+    def _unused_by(self, allowed: NDArray[np.bool_]) -> int:
+        """Return what sums of allowed choices' sizes, (D, B), must leave of the capacity."""
+        smallest = np.take_along_axis(self._sorted, allowed.argmax(1)[:, None], axis=1)
+        steps = np.where(allowed, self._sorted - smallest, 0)
+        unit = int(np.gcd.reduce(steps, axis=None))
+        spare = self._reach - int(smallest.sum())
+        return spare % unit if unit else spare
+
+    def _filled(self, tied: NDArray[np.bool_]) -> Ints:
+        """Return choices, (D,), that use the capacity up among those that cost the same.
+
+        Without ties these are the dual's own. Of experts that are all alike, half may be narrow
+        and half wide at one price: any few of them, exchanged, then reach what is left.
+
+        Args:
+            tied: (D, B), the cheapest choices of each decision at the dual's price.
+        """
+        choice: Ints = tied.argmax(1)
+        rows = np.arange(len(choice))
+        spare = self._reach - int(self._sorted[rows, choice].sum())
+        steps = np.where(tied, self._sorted - self._sorted[rows, choice][:, None], 0)
+        most = steps.max(1)
+        for row in np.argsort(-most, kind="stable")[: np.count_nonzero(most)].tolist():
+            choice[row] = np.where(tied[row] & (steps[row] <= spare), steps[row], -1).argmax()
+            spare -= int(steps[row, choice[row]])
+        return choice
 
     def _price(self, values: Floats, kept: NDArray[np.bool_]) -> float:
         """Return the smallest price per unit of size at which the cheapest choices fit.
@@ -169,7 +256,7 @@ class Mckp:
         while low < high:
             middle = (low + high) // 2
             choice = (masked + slopes[middle] * sizes).argmin(1)
-            if sizes[rows, choice].sum() <= self.capacity:
+            if sizes[rows, choice].sum() <= self._reach:
                 high = middle
             else:
                 low = middle + 1
@@ -177,10 +264,11 @@ class Mckp:
         return float(slopes[low]) if low < len(slopes) else 2 * float(slopes[-1])
 
 
-def _smallest(values: Floats, count: int) -> float:
-    """Return the ``count``-th smallest value, or the largest where there are fewer."""
-    index = min(count, values.size) - 1
-    return float(np.partition(values, index)[index])
+def _undominated(values: Floats) -> NDArray[np.bool_]:
+    """Return which choices are better than all smaller ones, sizes increasing along each row."""
+    kept = np.ones(values.shape, bool)
+    kept[:, 1:] = values[:, 1:] < np.minimum.accumulate(values, axis=1)[:, :-1]
+    return kept
 
 
 def _solve_core(values: Floats, core: NDArray[np.bool_], sizes: Ints, capacity: int) -> Ints:
@@ -193,7 +281,7 @@ def _solve_core(values: Floats, core: NDArray[np.bool_], sizes: Ints, capacity: 
     unit = int(np.gcd.reduce(extra[open_rows], axis=None)) or 1
     width = min(spare, int(extra.max(1).sum())) // unit + 1
     if width * len(open_rows) > _MAX_TABLE:
-        return _solve_mip(values, core, sizes[None], np.array([capacity]))
+        return solve_mip(values, sizes[None], [capacity], allowed=core)
     choice: Ints = smallest
     table = np.empty((len(open_rows), width), np.int8)
     best = np.zeros(1)
@@ -229,12 +317,34 @@ def _add_decision(best: Floats, values: Floats, units: Ints, chosen: NDArray[np.
     return least
 
 
-def _solve_mip(values: Floats, allowed: NDArray[np.bool_], sizes: Ints, capacities: Ints) -> Ints:
-    """Solve by branch and bound (HiGHS) over the allowed choices, (D,)."""
+def solve_mip(
+    values: Floats,
+    sizes: Ints,
+    capacities: Sequence[int] | Ints,
+    *,
+    allowed: NDArray[np.bool_] | None = None,
+    covers: Sequence[NDArray[np.bool_]] = (),
+) -> Ints:
+    """Return the best choice of each decision by branch and bound (HiGHS), int64 (D,).
+
+    Slower than :func:`solve_mckp`, and exact only to a gap of 1e-9, but for any limits.
+
+    Args:
+        values: (D, B), what each choice costs in the objective.
+        sizes: (C, D, B), what each choice takes of each limit.
+        capacities: (C,), the limits.
+        allowed: (D, B), the choices on offer; ``None`` for all.
+        covers: Sets of choices, (D, B) each, of which at least one must be taken.
+
+    Raises:
+        InputError: If no choice meets every limit and every cover.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import eye_array, kron
 
     decisions, choices = values.shape
+    if allowed is None:
+        allowed = np.ones(values.shape, bool)
     cost = values - np.where(allowed, values, np.inf).min(1, keepdims=True)
     cost = np.where(allowed, cost, 0)
     cost *= _MIP_SCALE / (cost.max() or 1)
@@ -247,8 +357,9 @@ def _solve_mip(values: Floats, allowed: NDArray[np.bool_], sizes: Ints, capaciti
         constraints=[
             LinearConstraint(one_each, 1, 1),
             LinearConstraint(
-                sizes.reshape(len(sizes), -1) / units[:, None], ub=capacities // units
+                sizes.reshape(len(sizes), -1) / units[:, None], ub=np.asarray(capacities) // units
             ),
+            *(LinearConstraint(cover.reshape(1, -1).astype(float), lb=1) for cover in covers),
         ],
         options={"mip_rel_gap": 1e-9},
     )

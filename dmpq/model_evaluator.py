@@ -131,6 +131,10 @@ class ModelEvaluator:
         """What all answers so far have cost, in FLOP-equivalents of a forwarded token."""
         return self._spent
 
+    def charge(self, tokens: float) -> None:
+        """Count work done on the model elsewhere, in FLOP-equivalents of a forwarded token."""
+        self._spent += tokens
+
     @cached_property
     def _replayer(self) -> Replayer:
         moe = self.bank.moe

@@ -64,14 +64,19 @@ class Experts:
     @property
     def gate_up(self) -> torch.Tensor:
         """Gate and up weights, or up alone, (E, out, in)."""
-        return self._oriented(getattr(self.module, self._up_name))
+        return self.oriented(getattr(self.module, self._up_name))
 
     @property
     def down(self) -> torch.Tensor:
         """Down weights, (E, out, in)."""
-        return self._oriented(self.module.down_proj)
+        return self.oriented(self.module.down_proj)
 
-    def _oriented(self, weight: Any) -> torch.Tensor:
+    @property
+    def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """Gate and up weights, or up alone, and down weights, as the module holds them."""
+        return getattr(self.module, self._up_name), self.module.down_proj  # type: ignore[return-value]
+
+    def oriented(self, weight: Any) -> torch.Tensor:
         """Swap the last two dimensions where the family stores (in, out)."""
         oriented: torch.Tensor = weight.data.mT if self.module.is_transposed else weight.data
         return oriented

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dmpq import knapsack
 from dmpq.errors import InputError
-from dmpq.knapsack import Mckp, solve_mckp, solve_mckp_multi
+from dmpq.knapsack import Mckp, solve_mckp, solve_mckp_multi, solve_mip
 
 
 def brute_force(values, sizes, capacities):
@@ -106,6 +106,52 @@ def test_the_core_does_not_matter(monkeypatch, seed):
     by_core = solver.solve(values)
     monkeypatch.setattr(knapsack, "_FIRST_CORE", values.size)
     np.testing.assert_array_equal(by_core, solver.solve(values))
+
+
+@settings(max_examples=60, deadline=None)
+@given(instances(), st.integers(20, 60))
+def test_copies_of_few_experts_equal_the_full_table(instance, copies):
+    """Ties by the dozen: the core is a few of them, and still proves the optimum."""
+    values, sizes, capacities = instance
+    values, sizes = np.tile(values, (copies, 1)), np.tile(sizes[0], (copies, 1))
+    solver = Mckp(sizes, int(capacities[0]) * copies + 1)
+    rows = np.arange(len(values))
+    choice, open_ = solver.solve_proven(values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "_FIRST_CORE", values.size)
+        full = solver.solve(values)
+    for part in (values, sizes):
+        assert part[rows, choice].sum() == part[rows, full].sum()
+    assert open_ <= 1e-9
+    value = values[rows, choice].sum()
+    assert solver.bound(values) <= value + 1e-9 * abs(value)
+
+
+def test_thousands_of_equal_experts_need_no_large_table(monkeypatch):
+    monkeypatch.setattr(knapsack, "_MAX_TABLE", 1 << 20)
+    monkeypatch.setattr(knapsack, "solve_mip", None)
+    sizes = np.tile([36, 52, 68, 132, 256], (5000, 1))
+    values = np.tile([1.0, 0.2, 0.05, 2e-4, 0.0], (5000, 1))
+    choice, open_ = Mckp(sizes, 5000 * 48 + 7).solve_proven(values)
+    assert np.bincount(choice, minlength=5).tolist() == [1250, 3750, 0, 0, 0]
+    assert open_ <= 1e-12
+
+
+def test_branch_and_bound_takes_one_of_each_cover():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        values, sizes = rng.random((4, 3)), np.tile([2, 3, 4], (4, 1))
+        covers = [rng.random((4, 3)) < 0.4 for _ in range(2)]
+        rows = np.arange(4)
+        found = [
+            values[rows, one].sum()
+            for one in itertools.product(range(3), repeat=4)
+            if sizes[rows, one].sum() <= 11 and all(cover[rows, one].any() for cover in covers)
+        ]
+        if found:
+            choice = solve_mip(values, sizes[None], [11], covers=covers)
+            assert values[rows, choice].sum() == pytest.approx(min(found))
+            assert all(cover[rows, choice].any() for cover in covers)
 
 
 def test_equal_experts_share_the_budget():

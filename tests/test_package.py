@@ -60,7 +60,7 @@ FLOORS = [
     {"hw_models"},
     {"quantization", "moe", "data", "replay"},
     {"bank"},
-    {"profile", "evaluation", "model_evaluator", "profiling"},
+    {"profile", "evaluation", "model_evaluator", "profiling", "curvature"},
     {"knapsack", "local_search", "objective"},
     {"decisions", "features", "projection"},
     {"limits"},

@@ -1,0 +1,44 @@
+"""Squared output error alone: what the F-norm ablations of MC-MoE and its followers minimise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dmpq.agents.base import OneMapAgent
+from dmpq.agents.programs import by_decision, solve_by_layer, solve_layer, solve_model
+from dmpq.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorLayerAgent(OneMapAgent):
+    """Least squared error of each layer's output, every layer on its own budget; one evaluation.
+
+    Within one layer and with routing fixed, squared errors add up exactly for top-1 routing and
+    nearly so else; norms, which MC-MoE and MxMoE add up, do not.
+    """
+
+    name: ClassVar[str] = "error-layer"
+
+    def propose(self, problem: Problem) -> NDArray[np.int64]:
+        """Return the map, (D,)."""
+        values, sizes = by_decision(problem, problem.profile.output_error), problem.sizes
+        return solve_by_layer(problem, lambda m, budget: solve_layer(values[m], sizes[m], budget))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorModelAgent(OneMapAgent):
+    """Least sum of all layers' squared output errors on one budget; one evaluation.
+
+    The "naive global" program of GEMQ's ablation (arXiv 2605.23078): the residual stream grows
+    with depth, and errors with it, so that the last layers take all bits. A control, not a rival.
+    """
+
+    name: ClassVar[str] = "error-model"
+
+    def propose(self, problem: Problem) -> NDArray[np.int64]:
+        """Return the map, (D,)."""
+        return solve_model(problem, by_decision(problem, problem.profile.output_error))

@@ -24,6 +24,9 @@ class FisherAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "fisher"
+    signal: ClassVar[str] = "squared gradients"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2306.07629"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,).

@@ -35,6 +35,9 @@ class GemqAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "gemq"
+    signal: ClassVar[str] = "gradient x output error"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2605.23078"
 
     at_least: tuple[int, ...] = (3, 2)
 

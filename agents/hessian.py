@@ -58,6 +58,9 @@ class HessianLayerAgent(_HessianAgent):
     """One program per layer, each on its own budget; one evaluation, and Hessian products."""
 
     name: ClassVar[str] = "hessian-layer"
+    signal: ClassVar[str] = "Hessian trace, in layers"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 1911.03852"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,).
@@ -74,6 +77,9 @@ class HessianModelAgent(_HessianAgent):
     """One program for the whole model; one evaluation, and Hessian products."""
 
     name: ClassVar[str] = "hessian-model"
+    signal: ClassVar[str] = "Hessian trace"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 1911.03852"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,).

@@ -132,6 +132,9 @@ class MxMoEAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "mxmoe"
+    signal: ClassVar[str] = "loss^r x time^(1-r)"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2505.05799"
 
     r: float = 0.75
     scope: Scope = "layer"

@@ -22,6 +22,9 @@ class ErrorLayerAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "error-layer"
+    signal: ClassVar[str] = "output error, in layers"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2410.06270"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,)."""
@@ -38,6 +41,9 @@ class ErrorModelAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "error-model"
+    signal: ClassVar[str] = "output error"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2410.06270"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,)."""

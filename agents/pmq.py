@@ -76,6 +76,9 @@ class PmqPaperAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "pmq-paper"
+    signal: ClassVar[str] = "use x output error, squared"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2410.06270"
 
     alpha: float = 1.0
     beta: float = 1.5
@@ -112,6 +115,9 @@ class PmqCodeAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "pmq-code"
+    signal: ClassVar[str] = "use x output error"
+    cost: ClassVar[str] = "1"
+    source: ClassVar[str] = "arXiv 2410.06270"
 
     alpha: float = 1.0
     beta: float = 1.5

@@ -76,7 +76,7 @@ class PmqPaperAgent(OneMapAgent):
     """
 
     name: ClassVar[str] = "pmq-paper"
-    signal: ClassVar[str] = "use x output error, squared"
+    signal: ClassVar[str] = "use x squared error"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2410.06270"
 

@@ -10,7 +10,7 @@ from importlib.abc import InspectLoader
 from typing import Any, Final
 
 from dmpq.agents.base import Agent
-from dmpq.errors import InputError, unknown
+from dmpq.errors import InputError, did_you_mean, unknown
 
 # Strings, so that listing agents imports none of them: some need torch.
 _AGENTS: Final = {
@@ -127,7 +127,10 @@ def make(name: str, **options: Any) -> Agent:
         InputError: If there is no such agent, or what was found is none.
     """
     if ":" not in name and name not in _AGENTS:
-        raise unknown("agent", name, _AGENTS, "Or give module:Class for your own.")
+        raise InputError(
+            f"Unknown agent {name[:60]!r}{did_you_mean(name, _AGENTS)}; choose one that python -m "
+            "dmpq.agents list shows, or give module:Class for your own."
+        )
     module_name, _, class_name = _AGENTS.get(name, name).partition(":")
     try:
         module = importlib.import_module(module_name)

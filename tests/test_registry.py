@@ -10,6 +10,7 @@ from factories import make_problem
 
 from dmpq import agents
 from dmpq.agents.__main__ import main
+from dmpq.errors import InputError
 from dmpq.testing.agent import AgentContract
 
 RULES = [
@@ -33,6 +34,9 @@ RULES = [
     "moqa",
 ]
 """Rules of one map, which the contract below is run on."""
+
+DIFFERENTIATE = ["fisher", "hessian-layer", "hessian-model"]
+"""Programs that read the model's own gradients (tests/test_curvature.py)."""
 
 
 def whole_problem(**options):
@@ -80,13 +84,20 @@ def test_no_rule_exceeds_its_budget_or_leaves_a_step_of_it(name, bits):
     assert bits - widest_step < spent <= bits
 
 
-@pytest.mark.parametrize("name", agents.names())
+@pytest.mark.parametrize("name", [n for n in agents.names() if n not in DIFFERENTIATE])
 def test_every_agent_obeys_its_budget_whatever_its_kind(name):
     problem = whole_problem(layers=2, experts=4, bits="2,3,4")
     result = agents.make(name).search(problem, evaluations=3, seed=0)
     tried = np.array([candidate.assignment for candidate in result.history])
     assert problem.feasible(tried).all()
     assert problem.effective_bits(result.assignment[None])[0] <= 3.0
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATE)
+def test_what_differentiates_the_model_says_that_it_needs_one(name):
+    problem = whole_problem(layers=2, experts=4, bits="2,3,4")
+    with pytest.raises(InputError, match="differentiates the model's loss"):
+        agents.make(name).search(problem, evaluations=3, seed=0)
 
 
 def test_every_agent_is_called_what_it_is_registered_as():

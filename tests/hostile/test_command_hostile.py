@@ -18,6 +18,7 @@ from dmpq.bitmap import BitMap
 from dmpq.config import SearchConfig
 from dmpq.files import JsonLines
 from dmpq.moe import load_model, reference_path
+from dmpq.profile import Profile
 from dmpq.run_folder import only_run_in
 from dmpq.search import main
 from dmpq.session import Session
@@ -365,7 +366,9 @@ def test_a_profile_s_text_is_not_searched_again(finished, small, seed, length):
         seed=seed,
         sequence_length=length,
     )
-    profiled = Session(replace(config, seed=0, sequence_length=64, search_tokens=128)).splits
+    as_profiled = {"seed": 0, "sequence_length": 64, "search_tokens": 128, "selection_tokens": 128}
+    profiled = Session(replace(config, **as_profiled)).splits
+    assert profiled.drawn == Profile.load(finished / "profile.safetensors").drawn
     session = Session(replace(config, profile=str(finished / "profile.safetensors")))
     session.check()
     assert session.notes() == ()

@@ -114,6 +114,7 @@ def show(rows: list[dict[str, float | str]]) -> None:
         kl_mean=("heldout_kl", "mean"),
         kl_std=("heldout_kl", "std"),
         over_mckp_mean=("over_mckp", "mean"),
+        over_mckp_error=("over_mckp", "sem"),
         over_mckp_worst=("over_mckp", "max"),
         tokens=("tokens", "mean"),
     )

@@ -84,15 +84,28 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
     for model, one in zip(models, explanations, strict=True):
         refuse_too_large(one, model.name)
     routing = "uniform" if inclusion is None else f"as measured in {arguments.profile}"
+    notes = [
+        (*model.unsupported(bitmap.menu), *_standing(model), *_other_figures(bitmap, model))
+        for model in models
+    ]
     if arguments.json:
-        found = [{"routing": routing, **one.to_json()} for one in explanations]
+        found = [
+            {"routing": routing, "notes": list(said), **one.to_json()}
+            for said, one in zip(notes, explanations, strict=True)
+        ]
         sys.stdout.write(json.dumps(found, indent=2, allow_nan=False) + "\n")
         return 0
-    for model, one in zip(models, explanations, strict=True):
-        for note in (*model.unsupported(bitmap.menu), *_other_figures(bitmap, model)):
+    for said, one in zip(notes, explanations, strict=True):
+        for note in said:
             say(console, f"note: {note}")
         print_explanation(one, console, routing=routing)
     return 0
+
+
+def _standing(model: HardwareModel) -> tuple[str, ...]:
+    """Return what a reader of the figures should know of them: assumed ones, no calibration."""
+    fitted = () if model.calibrated else (f"{model.name}/{model.stack} is not calibrated",)
+    return (*fitted, *model.notes())
 
 
 def cost_geometry(bitmap: BitMap) -> ModelSpec:

@@ -136,9 +136,11 @@ def explain(*arguments):
 def test_the_command_explains_for_any_device_as_json(bitmap, capsys):
     assert explain(bitmap, "--json") == 0
     (own,) = json.loads(capsys.readouterr().out)
+    assert any("assumed, for want of published figures" in note for note in own["notes"])
     assert (own["stack"], own["workload"]["batch"], own["routing"]) == ("sglang", 2, "uniform")
     assert explain(bitmap, "--hw", "h100", "rtx4090", "--batch", "4", "--json") == 0
     both = json.loads(capsys.readouterr().out)
+    assert "rtx4090/gemlite is not calibrated" in both[1]["notes"]
     kernels = {use["kernel"] for use in both[1]["formats"]}
     assert "gemlite, modelled at 4 bits" in kernels
     assert ["H100" in both[0]["device"], "4090" in both[1]["device"]] == [True, True]

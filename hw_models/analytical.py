@@ -40,6 +40,7 @@ from dmpq.spec import ModelSpec
 
 # Mean power where none was fitted: within 12% on ML.ENERGY's H100 decode points.
 UNCALIBRATED_POWER_SHARE: Final = 0.75
+_UNCALIBRATED_POWER_ERROR: Final = 0.15
 _DECISIONS_AT_ONCE: Final = 1 << 16
 
 
@@ -336,7 +337,7 @@ class AnalyticalModel:
         if self.facts.power is None:
             notes.append(
                 f"energy: power not measured, {UNCALIBRATED_POWER_SHARE:g} of the "
-                f"{self.facts.tdp_w:g} W limit at all times"
+                f"{self.facts.tdp_w:g} W limit at all times, give or take {_UNCALIBRATED_POWER_ERROR:.0%}"
             )
         if self.assumed:
             notes.append(f"assumed, for want of published figures: {'; '.join(self.assumed)}")

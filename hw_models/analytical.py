@@ -337,7 +337,8 @@ class AnalyticalModel:
         if self.facts.power is None:
             notes.append(
                 f"energy: power not measured, {UNCALIBRATED_POWER_SHARE:g} of the "
-                f"{self.facts.tdp_w:g} W limit at all times, give or take {_UNCALIBRATED_POWER_ERROR:.0%}"
+                f"{self.facts.tdp_w:g} W limit at all times, give or take "
+                f"{_UNCALIBRATED_POWER_ERROR:.0%}"
             )
         if self.assumed:
             notes.append(f"assumed, for want of published figures: {'; '.join(self.assumed)}")

@@ -7,20 +7,17 @@ in stable-baselines3's synchronous form.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from dmpq.agents.base import OnCandidate, SearchResult
-from dmpq.agents.episodes import Begin, check_training, memoryless, search_by_episodes
+from dmpq.agents.episodes import Begin, EpisodeAgent, check_training, memoryless
 from dmpq.envs.sequential import ExpertBitsEnv
-from dmpq.problem import Problem
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
 
 
 @dataclass(frozen=True, kw_only=True)
-class A2CAgent:
+class A2CAgent(EpisodeAgent):
     """Searches with stable-baselines3's A2C on ``dmpq/ExpertBits-v0``.
 
     Trained and evaluated as MaskablePPO is (:mod:`dmpq.agents.episodes`). A2C knows no masks: the
@@ -48,30 +45,6 @@ class A2CAgent:
 
     def __post_init__(self) -> None:
         check_training(self, "episodes", "steps", "fresh")
-
-    def search(
-        self,
-        problem: Problem,
-        *,
-        evaluations: int,
-        seed: int,
-        on_candidate: OnCandidate | None = None,
-    ) -> SearchResult:
-        """Return the best map among ``evaluations`` distinct ones.
-
-        Args:
-            problem: What to search.
-            evaluations: Number of distinct maps that may be evaluated.
-            seed: Seed of the network and the samples; the same seed gives the same result.
-            on_candidate: Called with every map evaluated.
-        """
-        return search_by_episodes(
-            problem,
-            partial(self._learn, seed=seed),
-            evaluations=evaluations,
-            fresh=self.fresh,
-            on_candidate=on_candidate,
-        )
 
     def _learn(self, env: ExpertBitsEnv, collect: BaseCallback, *, seed: int) -> Begin:
         from stable_baselines3 import A2C

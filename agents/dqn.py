@@ -7,14 +7,11 @@ stable-baselines3 has it: one network and its target, no double, duelling or pri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Final
 
-from dmpq.agents.base import OnCandidate, SearchResult
-from dmpq.agents.episodes import Begin, check_training, memoryless, search_by_episodes
+from dmpq.agents.episodes import Begin, EpisodeAgent, check_training, memoryless
 from dmpq.envs.sequential import ExpertBitsEnv
 from dmpq.errors import InputError
-from dmpq.problem import Problem
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
@@ -24,7 +21,7 @@ _TRAIN_EVERY: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class DQNAgent:
+class DQNAgent(EpisodeAgent):
     """Searches with stable-baselines3's DQN on ``dmpq/ExpertBits-v0``.
 
     Trained and evaluated as MaskablePPO is (:mod:`dmpq.agents.episodes`). DQN knows no masks, so
@@ -60,30 +57,6 @@ class DQNAgent:
         check_training(self, "episodes", "warmup", "batch", "target_every", "fresh")
         if not 0 <= self.exploration <= 1:
             raise InputError(f"exploration is {self.exploration}; it is a share, from 0 to 1.")
-
-    def search(
-        self,
-        problem: Problem,
-        *,
-        evaluations: int,
-        seed: int,
-        on_candidate: OnCandidate | None = None,
-    ) -> SearchResult:
-        """Return the best map among ``evaluations`` distinct ones.
-
-        Args:
-            problem: What to search.
-            evaluations: Number of distinct maps that may be evaluated.
-            seed: Seed of the network and the samples; the same seed gives the same result.
-            on_candidate: Called with every map evaluated.
-        """
-        return search_by_episodes(
-            problem,
-            partial(self._learn, seed=seed),
-            evaluations=evaluations,
-            fresh=self.fresh,
-            on_candidate=on_candidate,
-        )
 
     def _learn(self, env: ExpertBitsEnv, collect: BaseCallback, *, seed: int) -> Begin:
         from stable_baselines3 import DQN

@@ -7,8 +7,10 @@ promising maps that its episodes ended with.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,6 +38,48 @@ Learn = Callable[[ExpertBitsEnv, "BaseCallback"], Begin]
 """Trains on the environment, with the callback, and returns the policy."""
 
 
+class EpisodeAgent(ABC):
+    """Base of the agents that learn in episodes on the surrogate, each by its own algorithm."""
+
+    @property
+    @abstractmethod
+    def fresh(self) -> int:
+        """Samples of the policy after the training, at least."""
+
+    @abstractmethod
+    def _learn(self, env: ExpertBitsEnv, collect: BaseCallback, *, seed: int) -> Begin:
+        """Train on the environment, with the callback, and return the policy."""
+
+    def search(
+        self,
+        problem: Problem,
+        *,
+        evaluations: int,
+        seed: int,
+        on_candidate: OnCandidate | None = None,
+    ) -> SearchResult:
+        """Return the best map among ``evaluations`` distinct ones.
+
+        Every map that an episode of the training ends with, the policy's deterministic map and
+        fresh samples are ranked by the surrogate; the best distinct ones are evaluated.
+
+        Args:
+            problem: What to search.
+            evaluations: Number of distinct maps that may be evaluated.
+            seed: Seed of the network and the samples; the same seed gives the same result.
+            on_candidate: Called with every map evaluated.
+        """
+        recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
+        cheap = replace(problem, evaluator=SurrogateEvaluator(problem.profile), selector=None)
+        learn = partial(self._learn, seed=seed)
+        env = ExpertBitsEnv(problem=cheap)
+        for assignment in _explored(env, learn, fresh=self.fresh, wanted=evaluations)[
+            :evaluations
+        ]:
+            recorder.evaluate(np.array(assignment)[None])
+        return recorder.result()
+
+
 def check_training(agent: object, *counts: str) -> None:
     """Refuse counts below 1 and a learning rate that is not positive.
 
@@ -49,34 +93,6 @@ def check_training(agent: object, *counts: str) -> None:
     rate: float = vars(agent)["learning_rate"]
     if not 0 < rate < np.inf:
         raise InputError(f"learning_rate is {rate}; it must be positive.")
-
-
-def search_by_episodes(
-    problem: Problem,
-    learn: Learn,
-    *,
-    evaluations: int,
-    fresh: int,
-    on_candidate: OnCandidate | None = None,
-) -> SearchResult:
-    """Return the best map among ``evaluations`` distinct ones.
-
-    Every map that an episode of the training ends with, the policy's deterministic map and fresh
-    samples are ranked by the surrogate; the best distinct ones are evaluated.
-
-    Args:
-        problem: What to search.
-        learn: Trains a policy; what it draws from global generators is undone.
-        evaluations: Number of distinct maps that may be evaluated.
-        fresh: Samples of the policy after the training, at least.
-        on_candidate: Called with every map evaluated.
-    """
-    recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
-    cheap = replace(problem, evaluator=SurrogateEvaluator(problem.profile), selector=None)
-    ranked = _explored(ExpertBitsEnv(problem=cheap), learn, fresh=fresh, wanted=evaluations)
-    for assignment in ranked[:evaluations]:
-        recorder.evaluate(np.array(assignment)[None])
-    return recorder.result()
 
 
 def memoryless(model: BaseAlgorithm) -> Begin:

@@ -7,20 +7,17 @@ to the most promising maps it has met (:mod:`dmpq.agents.episodes`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from dmpq.agents.base import OnCandidate, SearchResult
-from dmpq.agents.episodes import Act, Begin, check_training, search_by_episodes
+from dmpq.agents.episodes import Act, Begin, EpisodeAgent, check_training
 from dmpq.envs.sequential import ExpertBitsEnv
-from dmpq.problem import Problem
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskablePPOAgent:
+class MaskablePPOAgent(EpisodeAgent):
     """Searches with sb3-contrib's MaskablePPO on ``dmpq/ExpertBits-v0``.
 
     Every map that an episode of the training ends with, the policy's deterministic map and fresh
@@ -47,29 +44,10 @@ class MaskablePPOAgent:
     def __post_init__(self) -> None:
         check_training(self, "episodes", "episodes_per_update", "epochs")
 
-    def search(
-        self,
-        problem: Problem,
-        *,
-        evaluations: int,
-        seed: int,
-        on_candidate: OnCandidate | None = None,
-    ) -> SearchResult:
-        """Return the best map among ``evaluations`` distinct ones.
-
-        Args:
-            problem: What to search.
-            evaluations: Number of distinct maps that may be evaluated.
-            seed: Seed of the network and the samples; the same seed gives the same result.
-            on_candidate: Called with every map evaluated.
-        """
-        return search_by_episodes(
-            problem,
-            partial(self._learn, seed=seed),
-            evaluations=evaluations,
-            fresh=self.episodes_per_update,
-            on_candidate=on_candidate,
-        )
+    @property
+    def fresh(self) -> int:
+        """Samples of the policy after the training: those of one more update."""
+        return self.episodes_per_update
 
     def _learn(self, env: ExpertBitsEnv, collect: BaseCallback, *, seed: int) -> Begin:
         from sb3_contrib import MaskablePPO

@@ -6,16 +6,13 @@ Schulman et al., arXiv 1707.06347, with the recurrent policy of sb3-contrib.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from dmpq.agents.base import OnCandidate, SearchResult
-from dmpq.agents.episodes import Begin, check_training, search_by_episodes
+from dmpq.agents.episodes import Begin, EpisodeAgent, check_training
 from dmpq.envs.observation import Observation
 from dmpq.envs.sequential import ExpertBitsEnv
-from dmpq.problem import Problem
 
 if TYPE_CHECKING:
     from sb3_contrib import RecurrentPPO
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecurrentPPOAgent:
+class RecurrentPPOAgent(EpisodeAgent):
     """Searches with sb3-contrib's RecurrentPPO on ``dmpq/ExpertBits-v0``.
 
     Trained and evaluated as MaskablePPO is (:mod:`dmpq.agents.episodes`). The recurrent policy
@@ -52,29 +49,10 @@ class RecurrentPPOAgent:
     def __post_init__(self) -> None:
         check_training(self, "episodes", "episodes_per_update", "epochs", "hidden")
 
-    def search(
-        self,
-        problem: Problem,
-        *,
-        evaluations: int,
-        seed: int,
-        on_candidate: OnCandidate | None = None,
-    ) -> SearchResult:
-        """Return the best map among ``evaluations`` distinct ones.
-
-        Args:
-            problem: What to search.
-            evaluations: Number of distinct maps that may be evaluated.
-            seed: Seed of the network and the samples; the same seed gives the same result.
-            on_candidate: Called with every map evaluated.
-        """
-        return search_by_episodes(
-            problem,
-            partial(self._learn, seed=seed),
-            evaluations=evaluations,
-            fresh=self.episodes_per_update,
-            on_candidate=on_candidate,
-        )
+    @property
+    def fresh(self) -> int:
+        """Samples of the policy after the training: those of one more update."""
+        return self.episodes_per_update
 
     def _learn(self, env: ExpertBitsEnv, collect: BaseCallback, *, seed: int) -> Begin:
         from sb3_contrib import RecurrentPPO

@@ -189,7 +189,7 @@ def test_a_real_gpu_is_measured_and_replayed(tmp_path):
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    found = cuda_bench(tdp_w=300, rig=Rig(cache_bytes=1 << 20, seconds=0.0, repetitions=3))
+    found = cuda_bench(rig=Rig(cache_bytes=1 << 20, seconds=0.0, repetitions=3))
     spec, menu = replace(OLMOE, moe_layers=OLMOE.moe_layers[:1]), Menu.parse(["4", "16"])
     model = LiveModel(found, folder=tmp_path)
     cost = model.cost(spec, menu, maps_of(spec, menu), Workload())

@@ -7,6 +7,9 @@ import sys
 import numpy as np
 import pytest
 from factories import make_problem
+from test_agents import SIMPLE
+from test_programs import PROGRAMS, WITH_MODEL
+from test_searchers import SEARCHERS
 
 from dmpq import agents
 from dmpq.agents.__main__ import main
@@ -34,9 +37,6 @@ RULES = [
     "moqa",
 ]
 """Rules of one map, which the contract below is run on."""
-
-DIFFERENTIATE = ["fisher", "hessian-layer", "hessian-model"]
-"""Programs that read the model's own gradients (tests/test_curvature.py)."""
 
 
 def whole_problem(**options):
@@ -84,7 +84,7 @@ def test_no_rule_exceeds_its_budget_or_leaves_a_step_of_it(name, bits):
     assert bits - widest_step < spent <= bits
 
 
-@pytest.mark.parametrize("name", [n for n in agents.names() if n not in DIFFERENTIATE])
+@pytest.mark.parametrize("name", [n for n in agents.names() if n not in WITH_MODEL])
 def test_every_agent_obeys_its_budget_whatever_its_kind(name):
     problem = whole_problem(layers=2, experts=4, bits="2,3,4")
     result = agents.make(name).search(problem, evaluations=3, seed=0)
@@ -93,11 +93,17 @@ def test_every_agent_obeys_its_budget_whatever_its_kind(name):
     assert problem.effective_bits(result.assignment[None])[0] <= 3.0
 
 
-@pytest.mark.parametrize("name", DIFFERENTIATE)
+@pytest.mark.parametrize("name", WITH_MODEL)
 def test_what_differentiates_the_model_says_that_it_needs_one(name):
     problem = whole_problem(layers=2, experts=4, bits="2,3,4")
     with pytest.raises(InputError, match="differentiates the model's loss"):
         agents.make(name).search(problem, evaluations=3, seed=0)
+
+
+def test_every_agent_is_under_a_contract():
+    ppo = {"ppo", "maskable-ppo"}  # tests/test_ppo.py
+    tested = {*SIMPLE, *RULES, *PROGRAMS, *WITH_MODEL, *SEARCHERS, *ppo}
+    assert tested == {*agents.names()}
 
 
 def test_every_agent_is_called_what_it_is_registered_as():

@@ -23,8 +23,8 @@ from dmpq.problem import Problem
 class _HessianAgent(OneMapAgent):
     """What both have in common.
 
-    The cost of expert e at width b is ``tr(H_e) / n_e * ||dW_eb||^2`` (HAWQ-V2, arXiv 1911.03852,
-    equation 6), ``H_e`` the Hessian of the language-model loss with respect to the expert's
+    The cost of expert e at width b is ``tr(H_e) / n_e * ||dW_eb||^2`` (HAWQ-V2, arXiv 1911.03852),
+    ``H_e`` the Hessian of the language-model loss with respect to the expert's
     ``n_e`` weights, its trace by Hutchinson's method; see :func:`dmpq.curvature.hessian_trace`.
 
     MoPEQ (arXiv 2509.02512) describes such a trace as its sensitivity, layer-wise or model-wise.

@@ -44,7 +44,7 @@ def empirical_fisher(evaluator: ModelEvaluator) -> Floats:
 
     The diagonal of the empirical Fisher information, a stand-in for that of the Hessian, with
     windows as samples: ``g`` is the gradient of one window's mean loss, and its square is averaged
-    over the windows (as in LLM-MQ and SqueezeLLM, arXiv 2306.07629, section 4.1). Twice the loss
+    over the windows (as in LLM-MQ and SqueezeLLM, arXiv 2306.07629). Twice the loss
     increase that this model of it predicts. Takes two copies of the experts' weights in memory.
     """
     bank = evaluator.bank
@@ -70,7 +70,7 @@ def empirical_fisher(evaluator: ModelEvaluator) -> Floats:
 def hessian_trace(evaluator: ModelEvaluator, *, probes: int = 16, seed: int = 0) -> Floats:
     """Return the trace of each expert's block of the loss's Hessian, (N,), estimated.
 
-    Hutchinson's method (HAWQ-V2, arXiv 1911.03852, section 3.2): the mean of ``v^T H v`` over
+    Hutchinson's method (HAWQ-V2, arXiv 1911.03852): the mean of ``v^T H v`` over
     random signs ``v``. One product serves all experts: what the other experts' signs contribute to
     an expert's part has a mean of 0. The Hessian is that of the mean loss per token, with routing
     as it is; its trace need not be positive where the model is not at a minimum.

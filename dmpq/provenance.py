@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import dmpq
+from dmpq.revision import git_revision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,19 +105,3 @@ def _measured(row: Row) -> dict[str, dict[str, float | str]]:
 def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     return {"dmpq": dmpq.__version__, **{name: version(name) for name in _VERSIONED}}
-
-
-def git_revision() -> str | None:
-    """Return the revision of the checkout that this code belongs to, if it does to one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
-        return done.stdout.strip()
-
-    try:
-        # Installed into somebody's own checkout, these files are not what its revision names.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return git("rev-parse", "HEAD")
-    except (OSError, subprocess.SubprocessError):
-        return None

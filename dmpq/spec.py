@@ -24,6 +24,9 @@ _TOP_KS: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_t
 _EXPERT_WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 _MAX_COUNT: Final = 1 << 40
 _MAX_LAYERS: Final = 1 << 16
+_WINDOW_UNUSED: Final = ("qwen2_moe", "qwen3_moe")
+"""Families whose configs name a window that they do not use unless told so."""
+
 _DENSE_WIDTHS: Final = ("intermediate_size_mlp", "intermediate_size")
 
 
@@ -101,6 +104,12 @@ class ModelSpec:
             from the heads.
         cache_values: Numbers that one token leaves in one layer's KV cache; 0 for a key and a
             value per head (latent attention keeps fewer).
+        rotated_values: Of ``cache_values``, those of the rotated key that all heads share.
+        key_dim: Width of a query and a key where latent attention makes them anew; 0 for
+            ``head_dim``.
+        value_dim: Width of a value there, likewise.
+        sliding_window: Tokens that a layer with a window attends to; 0 for no such layers.
+        windowed_layers: How many of the layers have it.
     """
 
     name: str
@@ -117,14 +126,32 @@ class ModelSpec:
     dtype_bytes: int = 2
     attention_parameters: int = 0
     cache_values: int = 0
+    rotated_values: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    sliding_window: int = 0
+    windowed_layers: int = 0
 
     def __post_init__(self) -> None:
-        optional = ("dense_intermediate_size", "attention_parameters", "cache_values")
-        _check_numbers(self, may_be_zero=optional)
+        optional = [f.name for f in fields(self) if f.default == 0]
+        _check_numbers(self, may_be_zero=["dense_intermediate_size", *optional])
         if not 0 < len(self.moe_layers) <= self.num_layers:
             raise InputError(
                 f"{self.name} has {len(self.moe_layers)} MoE layers among {self.num_layers}; "
                 "there must be at least one, and no more than layers."
+            )
+        if self.windowed_layers > self.num_layers or (self.windowed_layers > 0) != (
+            self.sliding_window > 0
+        ):
+            raise InputError(
+                f"{self.name} has a window of {self.sliding_window} tokens in "
+                f"{self.windowed_layers} of {self.num_layers} layers; give both or neither, and "
+                "no more than layers."
+            )
+        if self.rotated_values > self.cache_values:
+            raise InputError(
+                f"{self.name} caches {self.cache_values} numbers a token, and "
+                f"{self.rotated_values} of them as a rotated key; these may not be more than all."
             )
         _check_layers(self.num_layers, self.name)
         if len({layer.path for layer in self.moe_layers}) != len(self.moe_layers):
@@ -139,6 +166,11 @@ class ModelSpec:
     def expert_parameters(self) -> int:
         """Weights of all routed experts."""
         return sum(layer.expert_parameters for layer in self.moe_layers)
+
+    @property
+    def gated(self) -> bool:
+        """Whether experts, and the blocks in their place, have a gate beside the up projection."""
+        return self.moe_layers[0].gated
 
     @property
     def attention_parameters_per_layer(self) -> int:
@@ -158,8 +190,9 @@ class ModelSpec:
 
     @property
     def dense_block_parameters(self) -> int:
-        """Weights of the block, gated, that a layer without experts has in their place."""
-        return 3 * self.hidden_size * self.dense_intermediate_size
+        """Weights of the block, gated as experts are, that stands where a layer has none."""
+        matrices = 3 if self.gated else 2
+        return matrices * self.hidden_size * self.dense_intermediate_size
 
     @property
     def other_parameters(self) -> int:
@@ -223,12 +256,18 @@ class ModelSpec:
             "dtype_bytes",
             "attention_parameters",
             "cache_values",
+            "rotated_values",
+            "key_dim",
+            "value_dim",
+            "sliding_window",
         )
+        windowed = round(other.windowed_layers * self.num_layers / other.num_layers)
         return replace(
             self,
             name=f"{self.name} at {other.name}'s widths",
             dense_intermediate_size=scaled(self.dense_intermediate_size, self.moe_layers[0]),
             moe_layers=layers,
+            windowed_layers=max(windowed, min(1, other.windowed_layers)),
             **{name: getattr(other, name) for name in taken},
         )
 
@@ -316,6 +355,8 @@ class ModelSpec:
             moe_layers=tuple(replace(moe_layer, path=path) for path in paths),
             attention_parameters=_attention_parameters(text, hidden, heads),
             cache_values=_latent_width(text),
+            **_latent_dims(text),
+            **_windows(text, layers),
         )
 
 
@@ -390,6 +431,38 @@ def _latent_width(config: Mapping[str, Any]) -> int:
     """Return what latent attention (DeepSeek-V2, arXiv 2405.04434) caches; 0 for other kinds."""
     rank = config.get("kv_lora_rank") or 0
     return rank + config["qk_rope_head_dim"] if rank else 0
+
+
+def _latent_dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the widths inside latent attention; none for other kinds."""
+    if not config.get("kv_lora_rank"):
+        return {}
+    rotated = config["qk_rope_head_dim"]
+    return {
+        "rotated_values": rotated,
+        "key_dim": config["qk_nope_head_dim"] + rotated,
+        "value_dim": config["v_head_dim"],
+    }
+
+
+def _windows(config: Mapping[str, Any], layers: int) -> dict[str, int]:
+    """Return the sliding window and how many layers have it, by the rules in transformers."""
+    family, window = config.get("model_type"), config.get("sliding_window")
+    if not window or not config.get("use_sliding_window", family not in _WINDOW_UNUSED):
+        return {}
+    last = config.get("max_window_layers")
+    last = layers if last is None else last
+    if kinds := config.get("layer_types"):
+        windowed = kinds.count("sliding_attention")
+    elif family == "gpt_oss":
+        windowed = len(range(0, layers, 2))
+    elif family == "qwen2_moe":
+        windowed = len(range(0, min(last, layers), 2))
+    elif family == "dots1":
+        windowed = len(range(last, layers))
+    else:
+        windowed = layers
+    return {"sliding_window": window, "windowed_layers": windowed} if windowed else {}
 
 
 def _attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:

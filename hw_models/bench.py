@@ -6,11 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import dmpq
 from dmpq.errors import InputError, first_line
 from dmpq.formats import Format
 from dmpq.hw_models import machine
@@ -39,6 +41,7 @@ from dmpq.hw_models.timing import (
     time_gather,
     time_matrix,
 )
+from dmpq.revision import git_revision
 
 Name = Literal["host", "cuda"]
 Progress = Callable[[str, int, int], None]
@@ -171,7 +174,11 @@ class Bench:
             f"weights rotating among copies of {ROTATION} times the last-level cache, up to "
             f"{MOST_TOKENS} tokens per expert"
         )
-        return "; ".join([said, *self.notes])
+        code = f"dmpq {dmpq.__version__}"
+        if revision := git_revision():
+            code += f", revision {revision}"
+        day = datetime.now(UTC).date().isoformat()
+        return "; ".join([said, *self.notes, f"begun on {day} (UTC) by {code}"])
 
 
 def _jobs(bench: Bench, needs: Needs, known: Measurements | None) -> Iterator[tuple[str, Job]]:

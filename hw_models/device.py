@@ -27,6 +27,7 @@ _LADDER: Final[tuple[Math, ...]] = ("fp32", "bf16", "int8", "int4")
 # says. They are as tight as devices from a single-board computer to a wafer-scale engine allow.
 BOUNDS: Final = {
     "capacity_bytes": (1e8, 1e13),
+    "runtime_bytes": (1e6, 1e12),
     "bandwidth_bytes_per_s": (1e8, 3e16),
     "tdp_w": (1.0, 2e4),
     "idle_w": (0.0, 2e4),
@@ -199,6 +200,9 @@ class Device:
         sources: Figure → where it comes from; for an assumed one, how it was chosen.
         assumed: Figures that nobody has published; ``stacks.NAME`` for all of a stack's.
         power: Fitted power; ``None`` for a constant share of ``tdp_w``.
+        runtime_bytes: Memory that is taken before a model is loaded, by a driver, an engine or,
+            where a processor shares it, a system; ``None`` where the share of a device's memory
+            that no model may use is taken to hold it.
         note: What a user of the name should know: which of several parts it stands for.
         peaks: What kind the peaks are; only dense ones are accepted.
         peak_fp32_flops_per_s: Dense peak, ``None`` where the device has no such path; the same
@@ -216,6 +220,7 @@ class Device:
     sources: Mapping[str, str] = field(hash=False)
     assumed: tuple[str, ...]
     power: Power | None = None
+    runtime_bytes: float | None = None
     note: str | None = None
     peaks: Literal["dense", "sparse"] = "dense"
     peak_fp32_flops_per_s: float | None = None
@@ -233,6 +238,7 @@ class Device:
             raise InputError("it names a kernel stack twice; name each once")
         for text in (self.name, *names):
             refuse_bad_name(text)
+        self._check_memory()
         self._check_power()
         self._check_peaks()
         figures = (*self.figures(), *(f"stacks.{name}" for name in names))
@@ -244,6 +250,13 @@ class Device:
         """Return the device's own figures by name, those of its stacks left out."""
         found: dict[str, float | Power] = dict(figures(self))
         return found if self.power is None else found | {"power": self.power}
+
+    def _check_memory(self) -> None:
+        if (self.runtime_bytes or 0.0) >= self.capacity_bytes:
+            raise InputError(
+                f"runtime_bytes {self.runtime_bytes:g} is not below capacity_bytes "
+                f"{self.capacity_bytes:g}"
+            )
 
     def _check_power(self) -> None:
         if self.idle_w >= self.tdp_w:

@@ -72,11 +72,11 @@ def resident_parts(
     own, bandwidth, speed = resident.weight_bytes, resident.bandwidth, resident.speed
     moved = {
         **{name: count * own for name, count in weights.items()},
-        "KV cache, scores": np.full(layers, cached),
+        "KV cache, scores": cached,
     }
     flops = {
         **{name: FLOPS_PER_WEIGHT * workload.tokens * count for name, count in weights.items()},
-        "KV cache, scores": np.full(layers, layer_score_flops(spec, workload)),
+        "KV cache, scores": layer_score_flops(spec, workload),
     }
     stored = {
         **{name: float(count.sum()) * own for name, count in weights.items()},
@@ -117,6 +117,8 @@ def resident_parts(
         stored_bytes=0.0 if spec.tie_word_embeddings else table,
     )
     yield Part("embedding", stored_bytes=table)
+    if device.runtime_bytes:
+        yield Part("runtime", stored_bytes=device.runtime_bytes)
     yield Part("layer overhead", fixed_s=layers * stack.layer_s)
     yield Part("step overhead", fixed_s=stack.step_s)
     yield Part("sequence overhead", fixed_s=workload.batch * stack.sequence_s)

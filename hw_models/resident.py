@@ -50,7 +50,7 @@ def block_matrices(spec: ModelSpec) -> Counter[Shape]:
             matrices[hidden, shared] += 1
     dense, width = spec.num_layers - len(spec.moe_layers), spec.dense_intermediate_size
     if dense and width:
-        matrices[2 * width, hidden] += dense
+        matrices[(2 if spec.gated else 1) * width, hidden] += dense
         matrices[hidden, width] += dense
     return matrices
 
@@ -86,30 +86,65 @@ def head_shape(spec: ModelSpec) -> Shape:
     return spec.vocab_size, spec.hidden_size
 
 
-def layer_cache_values(spec: ModelSpec, workload: Workload) -> int:
-    """Return the numbers in the KV cache of one layer."""
-    return workload.batch * workload.context * spec.cache_values_per_token
+def windows(spec: ModelSpec) -> Floats:
+    """Return how many tokens back each layer sees, (num_layers,); infinite without a window.
+
+    Layers with a window come first, wherever they stand.
+    """
+    reach = np.full(spec.num_layers, np.inf)
+    reach[: spec.windowed_layers] = spec.sliding_window
+    return reach
+
+
+def layer_cache_values(spec: ModelSpec, workload: Workload) -> Floats:
+    """Return the numbers in the KV cache of each layer, (num_layers,)."""
+    tokens = np.minimum(workload.context, windows(spec))
+    return workload.batch * tokens * spec.cache_values_per_token
 
 
 def cache_bytes(spec: ModelSpec, workload: Workload, *, value_bytes: float = VALUE_BYTES) -> float:
     """Return the bytes of the KV cache, all layers."""
-    return layer_cache_values(spec, workload) * spec.num_layers * value_bytes
+    return float(layer_cache_values(spec, workload).sum() * value_bytes)
 
 
-def context_seen(workload: Workload) -> float:
-    """Return the tokens that a token attends to: all, or in prefill half of them on average."""
-    return workload.context if workload.phase == "decode" else workload.context / 2
+def context_seen(spec: ModelSpec, workload: Workload) -> Floats:
+    """Return the tokens that a token attends to in each layer, on average, (num_layers,).
+
+    In decode all that are cached; in prefill all before it, which is half of the prompt where no
+    window ends earlier.
+    """
+    seen = np.minimum(workload.context, windows(spec))
+    return seen if workload.phase == "decode" else seen * (1 - seen / (2 * workload.context))
 
 
-def layer_score_flops(spec: ModelSpec, workload: Workload) -> float:
-    """Return the operations of one layer's attention over the context: scores and values."""
-    pairs = workload.tokens * context_seen(workload)
-    return 2.0 * FLOPS_PER_WEIGHT * pairs * spec.num_attention_heads * spec.head_dim
+def score_widths(spec: ModelSpec, workload: Workload) -> tuple[int, int]:
+    """Return a query head's widths in the products with keys and with values.
+
+    Latent attention multiplies with what is cached in decode, its up-projections absorbed into
+    those of queries and outputs; in prefill it makes keys and values first (DeepSeek-V2, arXiv
+    2405.04434, section 2.1).
+    """
+    if spec.cache_values and workload.phase == "decode":
+        return spec.cache_values, spec.cache_values - spec.rotated_values
+    return spec.key_dim or spec.head_dim, spec.value_dim or spec.head_dim
+
+
+def layer_score_flops(spec: ModelSpec, workload: Workload) -> Floats:
+    """Return the operations of each layer's attention over the context, (num_layers,)."""
+    pairs = workload.tokens * context_seen(spec, workload)
+    return FLOPS_PER_WEIGHT * pairs * spec.num_attention_heads * sum(score_widths(spec, workload))
 
 
 def score_flops(spec: ModelSpec, workload: Workload) -> float:
     """Return the operations of attention over the context, all layers."""
-    return layer_score_flops(spec, workload) * spec.num_layers
+    return float(layer_score_flops(spec, workload).sum())
+
+
+def score_heads(spec: ModelSpec, workload: Workload) -> int:
+    """Return the heads of the keys and values that queries meet: one where they are latent."""
+    if not spec.cache_values:
+        return spec.num_key_value_heads
+    return 1 if workload.phase == "decode" else spec.num_attention_heads
 
 
 def score_rows(spec: ModelSpec, workload: Workload) -> int:
@@ -119,13 +154,15 @@ def score_rows(spec: ModelSpec, workload: Workload) -> int:
     """
     if workload.phase == "prefill":
         return workload.context
-    return max(1, spec.num_attention_heads // spec.num_key_value_heads)
+    return max(1, spec.num_attention_heads // score_heads(spec, workload))
 
 
 def activation_values(spec: ModelSpec, workload: Workload) -> Floats:
     """Return the numbers into and out of the routed experts' products, per MoE layer, (L,)."""
     values = [
-        workload.tokens * layer.top_k * (2 * layer.hidden_size + 3 * layer.intermediate_size)
+        workload.tokens
+        * layer.top_k
+        * (2 * layer.hidden_size + (3 if layer.gated else 2) * layer.intermediate_size)
         for layer in spec.moe_layers
     ]
     return np.array(values, dtype=np.float64)

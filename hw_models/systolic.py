@@ -10,6 +10,7 @@ experts, so that the cost of a map is the sum of its experts'.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,12 +24,13 @@ from dmpq.hw_models.accelerator import Accelerator
 from dmpq.hw_models.base import BITS_PER_BYTE, Cost, Floats, Workload
 from dmpq.hw_models.maps import checked_maps, summed
 from dmpq.hw_models.resident import (
-    Shape,
     attention_matrices,
     block_matrices,
     context_seen,
     head_shape,
     resident_bytes,
+    score_heads,
+    score_widths,
 )
 from dmpq.hw_models.routing import active_probability, inclusion_probabilities, padded_rows
 from dmpq.hw_models.scale_sim import Layer, ScaleSim, scale_sim_version
@@ -274,24 +276,18 @@ def _resident_products(
     """Yield the products outside the routed experts: how many, which, bits of the second factor.
 
     Attention is its projections and, per sequence and key-value head, scores and values over the
-    cache; a causal prompt sees half of itself. Latent attention is one projection, and one head
-    over the latent vector.
+    cache; a causal prompt sees half of itself. Latent attention is one projection.
     """
     tokens, weights, layers = workload.tokens, facts.resident_bits, spec.num_layers
-    if spec.cache_values:
-        heads, width = 1, spec.cache_values
-        rows = -(-spec.attention_parameters_per_layer // spec.hidden_size)
-        attention: tuple[Shape, ...] = ((rows, spec.hidden_size),)
-    else:
-        heads, width = spec.num_key_value_heads, spec.head_dim
-        attention = attention_matrices(spec)
-    for outputs, inputs in attention:
+    for outputs, inputs in attention_matrices(spec):
         yield layers, Product(tokens, inputs, outputs), weights
-    seen = math.ceil(context_seen(workload))
+    heads, (keys, values) = score_heads(spec, workload), score_widths(spec, workload)
     queries = spec.num_attention_heads // heads
     queries *= 1 if workload.phase == "decode" else workload.context
-    for product in (Product(queries, width, seen), Product(queries, seen, width)):
-        yield layers * workload.batch * heads, product, facts.activation_bits
+    for tokens_seen, count in Counter(context_seen(spec, workload).tolist()).items():
+        seen = math.ceil(tokens_seen)
+        for product in (Product(queries, keys, seen), Product(queries, seen, values)):
+            yield count * workload.batch * heads, product, facts.activation_bits
     for (outputs, inputs), count in block_matrices(spec).items():
         yield count, Product(tokens, inputs, outputs), weights
     outputs, inputs = head_shape(spec)

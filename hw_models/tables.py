@@ -46,7 +46,8 @@ class Tables:
         overhead_s: Fixed time.
         resident_traffic_bytes: Bytes read outside the routed experts.
         resident_flops: Operations outside the routed experts.
-        resident_bytes: Memory outside the routed experts: other weights, KV cache, activations.
+        resident_bytes: Memory outside the routed experts: other weights, KV cache, activations,
+            and what the device's runtime takes.
     """
 
     base: NDArray[np.int64]
@@ -236,10 +237,11 @@ class Resident:
         return self._time(np.array([self.head_bytes]), np.array([self.head_flops]))
 
     def memory_bytes(self) -> float:
-        """Return memory of the other weights, the KV cache and the activations."""
-        return resident_bytes(
+        """Return memory of the other weights, the KV cache, the activations and the runtime."""
+        own = resident_bytes(
             self.spec,
             self.workload,
             weight_bytes=self.weight_bytes,
             value_bytes=self.value_bytes,
         )
+        return own + (self.device.runtime_bytes or 0.0)

@@ -1,12 +1,15 @@
 """What the machine is: its kernels' libraries, its meters, its files, and a GPU that fails."""
 
+import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from benches import SMALL_MENU, TINY
+from benches import SMALL_MENU, TINY, quick_bench
 
+import dmpq
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.hw_models import Workload, bench, load_hardware, machine
@@ -14,6 +17,7 @@ from dmpq.hw_models.bench import cuda_bench, host_bench
 from dmpq.hw_models.live import cuda_model
 from dmpq.hw_models.needs import needs
 from dmpq.hw_models.routing import inclusion_probabilities
+from dmpq.revision import git_revision
 from dmpq.search import main as search
 from dmpq.session import Session
 from dmpq.testing import FakeGpu, FakeNvml, fake_nvml
@@ -199,3 +203,15 @@ def test_hw_models_import_no_torch():
         "assert 'torch' not in sys.modules and 'pynvml' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_record_says_when_and_by_what_it_was_made():
+    selected = inclusion_probabilities(TINY, None)
+    before = datetime.now(UTC).date()
+    found = quick_bench().measure(needs(TINY, SMALL_MENU, Workload(), selected))
+    days = {before.isoformat(), datetime.now(UTC).date().isoformat()}
+    day, code = re.search(r"begun on (\S+) \(UTC\) by (.+)$", found.provenance).groups()
+    assert day in days
+    assert code.startswith(f"dmpq {dmpq.__version__}")
+    if revision := git_revision():
+        assert code.endswith(f"revision {revision}")

@@ -312,6 +312,7 @@ UNITS = [
     ("capacity_bytes", 80.0, "GB"),
     ("capacity_bytes", 80e3, "MB"),
     ("capacity_bytes", 80e6, "KB"),
+    ("runtime_bytes", 2.0, "GB"),
     ("bandwidth_bytes_per_s", 2.039, "TB/s"),
     ("bandwidth_bytes_per_s", 2039.0, "GB/s"),
     ("bandwidth_bytes_per_s", 2.039e6, "MB/s"),
@@ -363,6 +364,30 @@ def test_wrong_units_of_a_stack_are_refused(tmp_path, figure, value):
         data["stacks"][0][figure] = value
 
     assert "unit of its name" in refused(write(tmp_path, change))
+
+
+def test_what_a_runtime_takes_is_memory_that_no_map_has(tmp_path):
+    def with_runtime(data):
+        data["runtime_bytes"] = 2.5e9
+        data["sources"]["runtime_bytes"] = "free -b after boot"
+
+    file = write(tmp_path, with_runtime, "jetson-orin-nano")
+    own = load_hardware(str(file))
+    plain = load_hardware("jetson-orin-nano")
+    args = (OLMOE, MENU, uniform("2", "4"), Workload())
+    more = own.cost(*args).memory_bytes - plain.cost(*args).memory_bytes
+    np.testing.assert_allclose(more, 2.5e9)
+    parts = {part.name: part for part in own.explain(*args[:2], args[2][0], args[3]).parts}
+    assert parts["runtime"].stored_bytes == 2.5e9
+    assert "neither a source" in refused(
+        write(tmp_path, {"runtime_bytes": 2.5e9}, "jetson-orin-nano")
+    )
+
+    def too_much(data):
+        with_runtime(data)
+        data["runtime_bytes"] = 8e9
+
+    assert "not below capacity_bytes" in refused(write(tmp_path, too_much, "jetson-orin-nano"))
 
 
 def test_a_kilowatt_that_passes_for_watts_is_refused(tmp_path):

@@ -14,13 +14,17 @@ from dmpq.hw_models.resident import (
     attention_matrices,
     block_matrices,
     cache_bytes,
+    context_seen,
     head_shape,
+    layer_cache_values,
     layer_score_flops,
     layer_weights,
     resident_bytes,
     resident_matrices,
     score_flops,
+    score_heads,
     score_rows,
+    score_widths,
 )
 from dmpq.spec import GEOMETRIES, MoELayer, load_geometry
 
@@ -73,8 +77,48 @@ def test_memory_follows_both_widths():
 
 def test_a_prompt_attends_to_half_of_itself():
     decode = layer_score_flops(PLAIN, Workload("decode", batch=1, context=100))
-    assert decode == 2 * 2 * 100 * 4 * 64
-    assert layer_score_flops(PLAIN, Workload("prefill", 1, 100)) == 100 * decode / 2
+    np.testing.assert_array_equal(decode, [2 * 2 * 100 * 4 * 64] * 3)
+    np.testing.assert_array_equal(
+        layer_score_flops(PLAIN, Workload("prefill", 1, 100)), 100 * decode / 2
+    )
+
+
+def test_a_window_ends_what_is_cached_and_seen():
+    spec = replace(PLAIN, sliding_window=30, windowed_layers=2)
+    decode, prefill = Workload("decode", 2, 100), Workload("prefill", 2, 100)
+    np.testing.assert_array_equal(context_seen(spec, decode), [30, 30, 100])
+    each = np.minimum(np.arange(100) + 0.5, 30).mean()  # a token sees half of itself
+    np.testing.assert_allclose(context_seen(spec, prefill), [each, each, 50])
+    np.testing.assert_array_equal(layer_cache_values(spec, prefill), [2 * 30 * 256] * 2 + [51200])
+    assert cache_bytes(spec, decode) == 2 * (2 * 2 * 30 * 256 + 51200)
+    wide = replace(spec, sliding_window=100)
+    for workload in (decode, prefill):
+        np.testing.assert_array_equal(context_seen(wide, workload), context_seen(PLAIN, workload))
+
+
+def test_latent_attention_scores_over_the_cache_in_decode_and_per_head_in_prefill():
+    # DeepSeek-V3: 128 heads; a token caches 512 + 64, and a head has keys of 128 + 64.
+    spec = replace(
+        TINY,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        cache_values=576,
+        rotated_values=64,
+        key_dim=192,
+        value_dim=128,
+    )
+    decode, prefill = Workload("decode", 1, 100), Workload("prefill", 1, 100)
+    assert score_widths(spec, decode) == (576, 512)
+    assert score_widths(spec, prefill) == (192, 128)
+    assert layer_score_flops(spec, decode)[0] == 2 * 100 * 128 * (576 + 512)
+    assert layer_score_flops(spec, prefill)[0] == 2 * 100 * 50 * 128 * (192 + 128)
+    assert (score_heads(spec, decode), score_heads(spec, prefill)) == (1, 128)
+    assert (score_rows(spec, decode), score_rows(spec, prefill)) == (128, 100)
+
+
+def test_ungated_experts_pass_two_widths_inside():
+    found = activation_values(SHARED, Workload(batch=5))
+    np.testing.assert_array_equal(found, 5 * 2 * np.array([2 * 256 + 3 * 128, 2 * 256 + 2 * 128]))
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -1,6 +1,7 @@
 """Geometries: parameter counts against published totals, families, round trips."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -95,6 +96,69 @@ def test_latent_attention_caches_its_rank():
     spec = ModelSpec.from_config(DEEPSEEK_V3, name="model")
     assert spec.cache_values_per_token == 512 + 64
     assert load_geometry("mixtral-8x7b").cache_values_per_token == 2 * 8 * 128
+
+
+def test_latent_attention_keeps_its_inner_widths():
+    spec = ModelSpec.from_config(DEEPSEEK_V3, name="model")
+    assert (spec.key_dim, spec.value_dim, spec.rotated_values) == (128 + 64, 128, 64)
+    with pytest.raises(InputError, match="may not be more than all"):
+        replace(spec, rotated_values=577)
+
+
+@pytest.mark.parametrize(
+    ("config", "windowed"),
+    [
+        ({"model_type": "mixtral", "sliding_window": None}, 0),
+        ({"model_type": "mixtral", "sliding_window": 128}, 5),
+        ({"model_type": "gpt_oss", "sliding_window": 128}, 3),
+        ({"model_type": "qwen2_moe", "sliding_window": 128}, 0),
+        ({"model_type": "qwen2_moe", "sliding_window": 128, "use_sliding_window": True}, 3),
+        (
+            {
+                "model_type": "qwen2_moe",
+                "sliding_window": 128,
+                "use_sliding_window": True,
+                "max_window_layers": 2,
+            },
+            1,
+        ),
+        ({"model_type": "qwen3_moe", "sliding_window": 128, "use_sliding_window": False}, 0),
+        ({"model_type": "dots1", "sliding_window": 128, "max_window_layers": 3}, 2),
+        (
+            {
+                "model_type": "any",
+                "sliding_window": 128,
+                "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+            },
+            4,
+        ),
+    ],
+)
+def test_windows_follow_the_config(config, windowed):
+    spec = ModelSpec.from_config(QWEN2_MOE | {"num_hidden_layers": 5} | config, name="model")
+    assert spec.windowed_layers == windowed
+    assert spec.sliding_window == (128 if windowed else 0)
+
+
+def test_windows_of_another_model_keep_their_share_of_the_layers():
+    spec = load_geometry("olmoe-1b-7b")
+    other = replace(
+        load_geometry("mixtral-8x7b"), num_layers=32, sliding_window=128, windowed_layers=16
+    )
+    taken = spec.with_widths_of(other)
+    assert (taken.sliding_window, taken.windowed_layers) == (128, 8)
+    assert spec.with_widths_of(replace(other, windowed_layers=1)).windowed_layers == 1
+    for wrong in ({"windowed_layers": 33}, {"windowed_layers": 0}, {"sliding_window": 0}):
+        with pytest.raises(InputError, match="give both or neither"):
+            replace(other, **wrong)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_dense_blocks_have_a_gate_where_experts_have(ours):
+    spec = ModelSpec.from_config(DEEPSEEK_V3, name="model")
+    layers = tuple(replace(layer, gated=ours) for layer in spec.moe_layers)
+    found = replace(spec, moe_layers=layers)
+    assert found.dense_block_parameters == (3 if ours else 2) * 7168 * 18432
 
 
 @pytest.mark.parametrize(

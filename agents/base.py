@@ -74,7 +74,13 @@ class SearchResult:
 
 @runtime_checkable
 class Agent(Protocol):
-    """Searches for a bit map."""
+    """Searches for a bit map.
+
+    ``python -m dmpq.compare`` also knows, where an agent has them: ``cost``, ``"1"`` where it
+    evaluates one map, so that what it may spend pays for a larger profile; ``profiled``, false
+    where it reads no profile and is not charged for it; ``control()``, the same agent that learns
+    nothing.
+    """
 
     @property
     def name(self) -> str:
@@ -133,6 +139,10 @@ class _AtFidelity:
         self._fidelity = fidelity
 
     @property
+    def tokens(self) -> int:
+        return round(self._fidelity * self._inner.tokens)
+
+    @property
     def tokens_spent(self) -> float:
         return self._inner.tokens_spent
 
@@ -152,6 +162,10 @@ class Recorder:
 
     A map met before is free: it does not count, and the evaluator knows its answer. Where
     measurements change the costs, :meth:`result` may evaluate one map beyond what is allowed.
+
+    Where the problem limits tokens, these are counted instead of evaluations: maps that resume
+    from a held one are cheaper, so that more of them may be evaluated. What the final choice may
+    cost is kept back.
 
     Args:
         problem: What is searched.
@@ -185,9 +199,21 @@ class Recorder:
     @property
     def remaining(self) -> int:
         """Distinct maps that may still be evaluated; screened ones have taken their share."""
+        if (affordable := self._affordable) is not None:
+            return max(0, math.floor(affordable))
         # Shares such as a third add up to whole evaluations but for rounding.
         screening = math.ceil(round(sum(share for _, share in self._screened), 9))
         return self._allowed - len(self._history) - screening
+
+    @property
+    def _affordable(self) -> float | None:
+        """Whole forwards of the text that are left; ``None`` where evaluations are counted."""
+        problem = self._problem
+        if problem.max_tokens is None or not (whole := problem.evaluator.tokens):
+            return None
+        choice = 0 if problem.selector is None else (FINALISTS + 1) * problem.selector.tokens
+        first = 0 if self._tokens else whole  # the full-precision forward
+        return (problem.max_tokens - self._tokens - choice - first) / whole
 
     def evaluate(self, assignments: NDArray[np.integer]) -> Scores:
         """Return the scores of maps (K, D), and record the new ones.
@@ -221,9 +247,13 @@ class Recorder:
             OutOfEvaluations: If that is more than the evaluations left; none is screened.
         """
         maps = np.asarray(assignments, np.int64)
-        before = self._screened
+        before, affordable = self._screened, self._affordable
         self._screened = before | {(row.tobytes(), fidelity) for row in maps}
-        if self.remaining < 0:
+        if affordable is not None:
+            too_many = fidelity * len(self._screened - before) > affordable
+        else:
+            too_many = self.remaining < 0
+        if too_many:
             self._screened = before
             raise OutOfEvaluations
         if fidelity not in self._partial:

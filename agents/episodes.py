@@ -76,7 +76,8 @@ class EpisodeAgent(ABC):
         for assignment in _explored(env, learn, fresh=self.fresh, wanted=evaluations)[
             :evaluations
         ]:
-            recorder.evaluate(np.array(assignment)[None])
+            if recorder.remaining:
+                recorder.evaluate(np.array(assignment)[None])
         return recorder.result()
 
 

@@ -8,7 +8,7 @@ is scored through the recorder, which counts the evaluations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final, cast
 
 import numpy as np
@@ -96,6 +96,14 @@ class PPOAgent:
         for name in ("learning_rate", "imitation_rate"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+
+    def control(self) -> PPOAgent:
+        """Return the same agent at learning rate 0, which no evaluation teaches anything.
+
+        It takes the best of as many random perturbations of the knapsack's map: what is left of a
+        result after subtracting it has been learned.
+        """
+        return replace(self, learning_rate=0.0, imitation=0, probe_share=0.0)
 
     def search(
         self,

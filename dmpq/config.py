@@ -119,10 +119,17 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add one flag per field of :class:`SearchConfig`, with its default and its help."""
+def add_options(parser: argparse.ArgumentParser, *, left_out: Sequence[str] = ()) -> None:
+    """Add one flag per field of :class:`SearchConfig`, with its default and its help.
+
+    Args:
+        parser: Where to.
+        left_out: Fields that keep their defaults.
+    """
     hints = get_type_hints(SearchConfig)
     for option in fields(SearchConfig):
+        if option.name in left_out:
+            continue
         flag = _flag(option.name)
         text, choices = option.metadata["help"], option.metadata["choices"]
         if hints[option.name] is bool:
@@ -148,5 +155,6 @@ def _parser_of(hint: Any) -> Any:
 
 def from_arguments(arguments: argparse.Namespace) -> SearchConfig:
     """Return the configuration that the parsed flags describe."""
-    names = (option.name for option in fields(SearchConfig))
-    return SearchConfig(**{name: getattr(arguments, name) for name in names})
+    given = vars(arguments)
+    names = (option.name for option in fields(SearchConfig) if option.name in given)
+    return SearchConfig(**{name: given[name] for name in names})

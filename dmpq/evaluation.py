@@ -47,6 +47,10 @@ class Evaluator(Protocol):
     name: str
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the text: what a map costs at most; 0 where answers are free."""
+
+    @property
     def tokens_spent(self) -> float:
         """What all answers so far have cost, in forwarded tokens."""
 
@@ -81,6 +85,11 @@ class SurrogateEvaluator:
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
+
+    @property
+    def tokens(self) -> int:
+        """None: no text is read."""
+        return 0
 
     @property
     def tokens_spent(self) -> float:

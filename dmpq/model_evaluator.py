@@ -233,6 +233,22 @@ class ModelEvaluator:
         kl, nll, shift = answers.T
         return Evaluations(kl, nll, shift, self._spent - before)
 
+    def accuracy(self, assignments: Assignments) -> NDArray[np.float64]:
+        """Return the share of next tokens that each map predicts best, (K,).
+
+        A judgement, not a signal of any search: neither kept nor counted.
+        """
+        found = []
+        with torch.inference_mode(), self.bank.attached():
+            for formats in self._formats(assignments):
+                self.bank.choose(formats[None])
+                right = 0
+                for ids in self.id_batches:
+                    guessed = self.bank.moe.logits(ids)[:, :-1].argmax(-1)
+                    right += int((guessed == ids[:, 1:]).sum())
+                found.append(right / sum(map(_predicted, self.id_batches)))
+        return np.array(found)
+
     def screen(self, assignments: Assignments) -> Evaluations:
         """Measure K maps in one forward per batch, each map on its own copy of the rows.
 

@@ -108,6 +108,8 @@ class Problem:
         serve: What shares one format.
         evaluator: Measures maps; ``None``, the default, for the profile's additive surrogate.
         selector: Measures finalists on fresh text, for the final choice.
+        max_tokens: What evaluations and final choice may cost, in forwarded tokens; ``None`` to
+            count evaluations instead.
 
     Raises:
         InputError: If no map meets the limits, or the geometries do not match.
@@ -122,6 +124,7 @@ class Problem:
     serve: Serve = "expert"
     evaluator: _EvaluatorField = _EvaluatorField()
     selector: Evaluator | None = None
+    max_tokens: float | None = None
 
     def __post_init__(self) -> None:
         if not np.array_equal(self.cost_spec.layer_of_expert, self.spec.layer_of_expert):

@@ -175,6 +175,16 @@ class Session:
             )
         return splits
 
+    def with_text(self, **tokens: int) -> Session:
+        """Return a session on the same model and variants with other amounts of text.
+
+        Args:
+            tokens: Fields of the configuration, as ``profile_tokens``.
+        """
+        other = Session(replace(self.config, **tokens), self.journal, self.progress)  # type: ignore[arg-type]
+        other.__dict__.update(_loaded=self._loaded, bank=self.bank)  # both are cached properties
+        return other
+
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of a saved profile's text, one sentence each."""
         if self.config.profile is None:
@@ -266,6 +276,7 @@ class Session:
             InputError: If a limit is infeasible.
         """
         c = self.config
+        measured: dict[str, Any] = {} if evaluator is None else {"evaluator": evaluator}
         return Problem(
             profile=profile,
             hardware=self.hardware,
@@ -274,8 +285,8 @@ class Session:
             weights=self.weights,
             constraints=self.constraints,
             serve=c.serve,  # type: ignore[arg-type]
-            **({} if evaluator is None else {"evaluator": evaluator}),
             selector=selector,
+            **measured,
         )
 
     def check(self) -> None:

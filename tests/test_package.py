@@ -62,15 +62,16 @@ FLOORS = [
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "profiling", "curvature"},
     {"knapsack", "local_search", "objective"},
-    {"decisions", "features", "projection"},
+    {"decisions", "features", "projection", "contest"},
     {"limits"},
     {"problem", "shadow_prices"},
     {"envs", "session", "config"},
     {"agents"},
     {"testing", "report", "console", "guard", "run_folder", "hardware_loop", "provenance"},
-    {"hardware_files", "hardware_tables"},
-    {"hardware_explain", "hardware_fit", "hardware_measure"},
-    {"search", "validate", "hardware"},
+    {"hardware_files", "hardware_tables", "referee"},
+    {"standings"},
+    {"hardware_explain", "hardware_fit", "hardware_measure", "compare_report"},
+    {"search", "validate", "hardware", "compare"},
 ]
 
 

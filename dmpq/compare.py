@@ -1,0 +1,220 @@
+"""``python -m dmpq.compare``: every agent on the same problems, at equal forwarded tokens."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dmpq.config import add_options, from_arguments
+from dmpq.console import INTERRUPTED, CommandParser, plain_console, quiet_libraries, refuse
+from dmpq.contest import Contest
+from dmpq.errors import InputError, first_line, is_out_of_memory
+from dmpq.files import replace_atomically
+from dmpq.referee import Group, Outcome, Plan, entrants, run_group
+from dmpq.run_folder import claim, only_run_in
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_EXAMPLES: Final = """examples:
+  python -m dmpq.compare --agents ppo evopress gemq --contests bits=2.5 bits=3
+  python -m dmpq.compare --contests rtx4090:latency=60% rtx4090:bits=3+latency=60%
+  python -m dmpq.compare --read --out runs/compare
+
+A contest is a device and limits: bits in effective bits; memory, latency and energy in
+percent of what uniform 8 bits takes. Without a device it is that of --hw.
+"""
+_AGENTS: Final = ("ppo", "evopress", "nsga2", "greedy-true", "gemq", "fisher", "frequency")
+_CONTESTS: Final = ("bits=2.5", "bits=3")
+_LEFT_OUT: Final = (
+    *("model", "agent", "seed", "profile", "explain", "measure_every", "tdp_w", "out"),
+    *("avg_bits", "memory_gb", "latency_ms", "energy_j"),
+)
+_OWN_DEFAULTS: Final = {
+    "evaluations": 200,
+    "search_tokens": 8192,
+    "selection_tokens": 16384,
+    "weights": "acc=1",
+    "threads": 1,
+    "cost_geometry": "olmoe-1b-7b",
+}
+_WRITTEN: Final = ("standings.md", "standings.csv", "outcomes.csv", "curves.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    console = plain_console()
+    try:
+        quiet_libraries()
+        plan = Plan(
+            config=from_arguments(arguments),
+            models=tuple(arguments.models),
+            seeds=tuple(range(arguments.seeds)),
+            contests=tuple(map(Contest.parse, arguments.contests)),
+            agents=tuple(arguments.agents),
+            factor=arguments.factor,
+        )
+        compare(plan, Path(arguments.out), console, jobs=arguments.jobs, only_read=arguments.read)
+    except InputError as error:
+        return refuse(error)
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refuse(f"There is not enough memory ({first_line(error)}); ask for fewer tokens.")
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from here.")
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m dmpq.compare",
+        description="Compare agents on the same problems, at equal forwarded tokens.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    lists = {
+        "models": (("reference",), "checkpoints"),
+        "agents": (_AGENTS, "agents by name, or module:Class; two controls are added"),
+        "contests": (_CONTESTS, "devices and limits, see below"),
+    }
+    for name, (default, text) in lists.items():
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            default=list(default),
+            metavar=name.upper()[:-1],
+            help=f"{text} (default: {' '.join(default)})",
+        )
+    parser.add_argument(
+        "--seeds", type=_count, default=3, help="calibration draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--factor",
+        type=_count,
+        default=1,
+        help="run with so many times the evaluations, for the regret of the others",
+    )
+    parser.add_argument(
+        "--jobs", type=_count, default=1, help="processes, one model and draw each"
+    )
+    parser.add_argument("--read", action="store_true", help="only show what --out holds")
+    parser.add_argument("--out", default="runs/compare", help="folder (default: %(default)s)")
+    add_options(parser, left_out=_LEFT_OUT)
+    parser.set_defaults(**_OWN_DEFAULTS)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def compare(
+    plan: Plan, folder: Path, console: Console, *, jobs: int = 1, only_read: bool = False
+) -> None:
+    """Run what is missing of a plan, and write and show the standings of all that is there.
+
+    Args:
+        plan: The grid.
+        folder: Where everything is kept; it belongs to what the plan's rows share.
+        console: Where outcomes and tables are shown.
+        jobs: Processes.
+        only_read: Whether nothing is run.
+
+    Raises:
+        InputError: If the plan asks for what cannot be.
+    """
+    from dmpq.session import check_numbers
+
+    check_numbers(plan.config)
+    entrants(plan.agents)
+    claim(folder, plan.digest(), asdict(plan.config), written=_WRITTEN)
+    with only_run_in(folder):
+        if not only_read:
+            _run(plan, folder, console, jobs=jobs)
+        _show(_outcomes(folder), folder, console)
+
+
+def _run(plan: Plan, folder: Path, console: Console, *, jobs: int) -> None:
+    groups = [(model, seed) for seed in plan.seeds for model in plan.models]
+    todo = [one for one in groups if Group(plan, *one, folder).missing()]
+    if jobs == 1 or len(todo) < 2:
+        for model, seed in todo:
+            run_group(plan, model, seed, folder, lambda outcome: console.print(said(outcome)))
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(run_group, plan, *one, folder, _print) for one in todo]
+        try:
+            for done in as_completed(waiting):
+                done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _print(outcome: Outcome) -> None:
+    """Show an outcome, from a process of its own."""
+    plain_console().print(said(outcome))
+
+
+def said(outcome: Outcome) -> str:
+    """Return an outcome as a line."""
+    return (
+        f"{outcome.model} seed {outcome.seed}, {outcome.contest}: {outcome.agent} "
+        f"KL {outcome.kl:.5f}, {outcome.evaluations} maps, {outcome.tokens / 1e6:.2f} M tokens, "
+        f"{outcome.seconds:.0f} s"
+    )
+
+
+def _outcomes(folder: Path) -> list[Outcome]:
+    """Return everything that a folder holds."""
+    from dmpq.files import JsonLines
+
+    found = []
+    for path in sorted(folder.glob("*/outcomes.jsonl")):
+        lines = JsonLines(path)
+        lines.close()
+        found += [Outcome.from_json(line) for line in lines]
+    return found
+
+
+def _show(outcomes: list[Outcome], folder: Path, console: Console) -> None:
+    """Write the standings in every form, and print them."""
+    import pandas as pd
+
+    from dmpq import compare_report
+    from dmpq.report import save_figure
+    from dmpq.standings import frame, standings
+
+    if not outcomes:
+        raise InputError(f"{folder} holds no outcome yet; run the comparison without --read.")
+    rows = standings(outcomes)
+    flat = pd.DataFrame([asdict(outcome) for outcome in outcomes]).drop(columns="curve")
+    replace_atomically(folder / "outcomes.csv", flat.to_csv(index=False).encode())
+    replace_atomically(folder / "standings.csv", frame(rows).to_csv(index=False).encode())
+    replace_atomically(folder / "standings.md", compare_report.markdown(rows).encode())
+    save_figure(compare_report.curves(outcomes), folder / "curves.png")
+    for contest in dict.fromkeys(row.contest for row in rows):
+        own = [row for row in rows if row.contest == contest]
+        console.print(compare_report.table(contest, own))
+        console.print()
+    console.print(f"wrote {folder}/ {' '.join(_WRITTEN)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""The referee: every agent on the same problems, at the same number of forwarded tokens.
+
+A *group* is one model with one calibration draw. It is profiled once, at a price that every agent
+pays. What an agent may spend, ``T`` forwarded tokens, is the price of that profile, of so many
+evaluations of whole forwards and of the final choice:
+
+- An agent that searches has the profile and spends the rest on maps. One that reads no profile is
+  not charged for it, and evaluates more.
+- An agent that evaluates a single map has a larger profile, as large as ``T`` pays for.
+- Two controls always run: ``mckp``, the exact knapsack on the larger profile, and for each agent
+  that has one its own control at learning rate 0. ``mckp, small`` is the knapsack on the profile
+  that searches start from.
+
+Held-out text serves no choice: it judges what each agent returns. Every row is kept when it is
+there, and every measurement in the group's journal, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dmpq.config import SearchConfig
+from dmpq.contest import Contest
+from dmpq.errors import InputError
+from dmpq.files import JsonLines
+from dmpq.guard import make_agent, run_agent
+
+if TYPE_CHECKING:
+    from dmpq.agents import Agent, Candidate
+    from dmpq.model_evaluator import ModelEvaluator
+    from dmpq.problem import Problem
+    from dmpq.profile import Profile
+    from dmpq.session import Session
+
+ONE: Final = "1"
+"""The cost that agents of a single evaluation say of themselves."""
+REFERENCE: Final = "mckp"
+"""What every agent is compared with."""
+SMALL: Final = "mckp, small"
+
+_KEPT_FORWARDS: Final = 12
+"""Of the search text, that the larger profile leaves: its map's, and those of curvature."""
+_BATCHES: Final = 16
+"""Into which the search text is cut, so that an evaluation can be had in sixteenths."""
+_LARGEST_BATCH: Final = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A grid of contests.
+
+    Attributes:
+        config: What all of them share; its model, seed and limits are not read.
+        models: Checkpoints.
+        seeds: Each draws its calibration text, and is its agents' seed.
+        contests: Devices and limits.
+        agents: Agents by name, or ``module:Class``.
+        factor: How many times the evaluations each agent has.
+    """
+
+    config: SearchConfig
+    models: tuple[str, ...]
+    seeds: tuple[int, ...]
+    contests: tuple[Contest, ...]
+    agents: tuple[str, ...]
+    factor: int = 1
+
+    def __post_init__(self) -> None:
+        for what in ("models", "seeds", "contests", "agents"):
+            values = getattr(self, what)
+            if not values:
+                raise InputError(f"There are no {what} to compare; give at least one.")
+            if len(set(values)) != len(values):
+                raise InputError(f"The {what} name one twice; name each once.")
+        names = [Path(model).name for model in self.models]
+        if len(set(names)) != len(names):
+            raise InputError("Two models have one folder name, so that no table can tell them.")
+
+    def digest(self) -> str:
+        """Return a hash of what the rows of one folder share: all but the grid's lists."""
+        left_out = ("model", "seed", "hw", "out", "threads", "bank_memory_gb", "agent", "explain")
+        shared = {k: v for k, v in asdict(self.config).items() if k not in left_out}
+        text = json.dumps(shared | {"hw": self.config.hw}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An agent as the referee runs it.
+
+    Attributes:
+        label: What tables call it.
+        agent: The agent.
+        larger: Whether it has the larger profile and a single evaluation.
+        profiled: Whether it is charged for the profile.
+    """
+
+    label: str
+    agent: Agent
+    larger: bool
+    profiled: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one agent made of one contest.
+
+    Attributes:
+        model: Folder name of the checkpoint.
+        contest: As it was written.
+        seed: Of the calibration draw and of the agent.
+        agent: The entrant.
+        factor: How many times the evaluations it had.
+        kl: KL to the full-precision logits on held-out text, nats per token.
+        perplexity: Per token, there.
+        accuracy: Share of held-out tokens of which the likeliest prediction is right.
+        search_kl: KL of the same map on the text that the search measured.
+        effective_bits: Stored bits per expert weight.
+        memory_bytes: At the cost geometry.
+        latency_s: Likewise.
+        energy_j: Likewise.
+        evaluations: Distinct maps evaluated.
+        tokens: Forwarded tokens spent, profile included.
+        allowed: Forwarded tokens that every agent might spend.
+        seconds: Wall time of the search, profile left out.
+        curve: (tokens spent, KL on the search text) whenever the best map changed.
+    """
+
+    model: str
+    contest: str
+    seed: int
+    agent: str
+    factor: int
+    kl: float
+    perplexity: float
+    accuracy: float
+    search_kl: float
+    effective_bits: float
+    memory_bytes: float
+    latency_s: float
+    energy_j: float
+    evaluations: int
+    tokens: float
+    allowed: float
+    seconds: float
+    curve: tuple[tuple[float, float], ...]
+
+    @property
+    def key(self) -> tuple[str, str, int, str, int]:
+        """What tells it from the others."""
+        return self.model, self.contest, self.seed, self.agent, self.factor
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Outcome:
+        """Return the outcome that a line of ``outcomes.jsonl`` holds.
+
+        Raises:
+            InputError: If it holds none.
+        """
+        try:
+            curve = tuple((float(x), float(y)) for x, y in data["curve"])
+            return cls(**{**data, "curve": curve})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"A line of outcomes is none ({error}); remove it, and the same command goes on."
+            ) from error
+
+
+def entrants(names: tuple[str, ...]) -> list[Entrant]:
+    """Return the agents with the controls that always run, each once.
+
+    Raises:
+        InputError: If there is no such agent.
+    """
+    made = [Entrant(REFERENCE, make_agent("mckp"), larger=True)]
+    made.append(Entrant(SMALL, make_agent("mckp"), larger=False))
+    for name in names:
+        agent = make_agent(name)
+        if agent.name == REFERENCE:
+            continue
+        larger = getattr(agent, "cost", "") == ONE
+        profiled = getattr(agent, "profiled", True)
+        made.append(Entrant(agent.name, agent, larger, profiled))
+        control = getattr(agent, "control", None)
+        if callable(control):
+            made.append(Entrant(f"{agent.name}, rate 0", control(), larger, profiled))
+    labels = [one.label for one in made]
+    if len(set(labels)) != len(labels):
+        raise InputError("Two agents have one name, so that no table can tell them apart.")
+    return made
+
+
+class Group:
+    """One model with one calibration draw, and every contest held on it.
+
+    Args:
+        plan: The grid.
+        model: The checkpoint.
+        seed: Of the draw.
+        folder: Of the whole comparison.
+    """
+
+    def __init__(self, plan: Plan, model: str, seed: int, folder: Path) -> None:
+        self.plan = plan
+        self.model = Path(model).name
+        self.seed = seed
+        self.folder = folder / f"{self.model}-seed{seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._config = replace(plan.config, model=model, seed=seed)
+
+    def missing(self) -> list[tuple[Contest, Entrant]]:
+        """Return what is still to be run, in order."""
+        done = {outcome.key for outcome in self.outcomes()}
+        factor = self.plan.factor
+        return [
+            (contest, entrant)
+            for contest in self.plan.contests
+            for entrant in entrants(self.plan.agents)
+            if (self.model, contest.text, self.seed, entrant.label, factor) not in done
+        ]
+
+    def outcomes(self) -> list[Outcome]:
+        """Return what has been run, by any plan of this folder."""
+        path = self.folder / "outcomes.jsonl"
+        if not path.exists():
+            return []
+        lines = JsonLines(path)
+        lines.close()
+        return [Outcome.from_json(line) for line in lines]
+
+    def run(self) -> Iterator[Outcome]:
+        """Run what is missing, and yield each outcome once it is kept.
+
+        Raises:
+            InputError: If no map is within a contest's limits, before any is held; or an agent
+                fails.
+        """
+        todo = self.missing()
+        if not todo:
+            return
+        for contest in self.plan.contests:
+            self._within(contest, self.session.problem(self.profile))
+        kept = JsonLines(self.folder / "outcomes.jsonl")
+        self.session.journal = JsonLines(self.folder / "journal.jsonl")
+        try:
+            for contest, entrant in todo:
+                outcome = self._outcome(contest, entrant)
+                kept.append(asdict(outcome))
+                yield outcome
+        finally:
+            kept.close()
+            self.session.journal.close()
+
+    @cached_property
+    def session(self) -> Session:
+        """The model with its text."""
+        from dmpq.session import Session
+
+        return Session(self._config)
+
+    @property
+    def allowed(self) -> float:
+        """T: forwarded tokens that every agent may spend."""
+        from dmpq.agents.base import FINALISTS
+
+        config, spent = self._config, self.profile.cost_tokens
+        whole = (self.plan.factor * config.evaluations + 1) * config.search_tokens
+        return spent + whole + (FINALISTS + 1) * config.selection_tokens
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The profile that searches start from."""
+        return self._profile(self.session, self._config.profile_tokens)
+
+    @cached_property
+    def larger_profile(self) -> Profile:
+        """The profile that takes all but a few forwards of what is allowed."""
+        small, config = self.profile, self._config
+        left = self.allowed - _KEPT_FORWARDS * config.search_tokens
+        tokens = int(left / (small.cost_tokens / small.tokens))
+        length = self.session.splits.profile.shape[1]
+        whole = max(small.tokens, tokens // length * length)
+        return self._profile(self.session.with_text(profile_tokens=whole), whole)
+
+    def _profile(self, session: Session, tokens: int) -> Profile:
+        from dmpq.profile import Profile
+
+        path = self.folder / f"profile-{tokens}.safetensors"
+        if not path.exists():
+            session.profile().save(path)
+        return Profile.load(path)
+
+    def _evaluator(self, role: str, *, batches: int = 1) -> ModelEvaluator:
+        """Return an evaluator that has been asked nothing yet."""
+        from dmpq.model_evaluator import ModelEvaluator
+
+        windows = getattr(self.session.splits, role)
+        return ModelEvaluator(
+            self.session.bank,
+            windows,
+            label=role,
+            journal=self.session.journal,
+            batch_tokens=min(_LARGEST_BATCH, -(-windows.size // batches)),
+        )
+
+    @cached_property
+    def _heldout(self) -> ModelEvaluator:
+        return self._evaluator("heldout")
+
+    def _problem(self, contest: Contest, entrant: Entrant) -> Problem:
+        profile = self.larger_profile if entrant.larger else self.profile
+        problem = self.session.problem(
+            profile,
+            evaluator=self._evaluator("search", batches=_BATCHES),
+            selector=None if entrant.larger else self._evaluator("selection"),
+        )
+        charged = profile.cost_tokens if entrant.profiled else 0.0
+        return replace(self._within(contest, problem), max_tokens=self.allowed - charged)
+
+    def _within(self, contest: Contest, problem: Problem) -> Problem:
+        """Return a problem on the contest's device, within its limits."""
+        from dmpq.hw_models import load_hardware
+        from dmpq.objective import Constraints
+
+        free = replace(problem, constraints=Constraints())
+        if contest.hw is not None:
+            free = replace(free, hardware=load_hardware(contest.hw))
+        return replace(free, constraints=contest.constraints(free.baselines))
+
+    def _outcome(self, contest: Contest, entrant: Entrant) -> Outcome:
+        problem = self._problem(contest, entrant)
+        charged = problem.profile.cost_tokens if entrant.profiled else 0.0
+        curve: list[tuple[float, float]] = []
+        best = -math.inf
+
+        def on_candidate(candidate: Candidate) -> None:
+            nonlocal best
+            if candidate.feasible and candidate.reward > best:
+                best = candidate.reward
+                curve.append((charged + problem.evaluator.tokens_spent, candidate.kl))
+
+        started = time.monotonic()
+        evaluations = 1 if entrant.larger else self.plan.factor * self._config.evaluations
+        result = run_agent(
+            entrant.agent,
+            entrant.label,
+            problem,
+            evaluations=evaluations,
+            seed=self.seed,
+            on_candidate=on_candidate,
+            trace=self.folder / "agent_error.txt",
+        )
+        seconds = time.monotonic() - started
+        chosen = result.assignment[None]
+        judged = self._heldout.evaluate(problem.expand(chosen))
+        cost = problem.costs(chosen)
+        return Outcome(
+            model=self.model,
+            contest=contest.text,
+            seed=self.seed,
+            agent=entrant.label,
+            factor=self.plan.factor,
+            kl=float(judged.kl[0]),
+            perplexity=float(judged.perplexity[0]),
+            accuracy=float(self._heldout.accuracy(problem.expand(chosen))[0]),
+            search_kl=float(result.scores.kl[0]),
+            effective_bits=float(problem.effective_bits(chosen)[0]),
+            memory_bytes=float(cost.memory_bytes[0]),
+            latency_s=float(cost.latency_s[0]),
+            energy_j=float(cost.energy_j[0]),
+            evaluations=result.evaluations,
+            tokens=charged + result.tokens,
+            allowed=self.allowed,
+            seconds=seconds,
+            curve=tuple(curve),
+        )
+
+
+def run_group(
+    plan: Plan, model: str, seed: int, folder: Path, report: Callable[[Outcome], None]
+) -> None:
+    """Run one group, and report each outcome; what a process of its own does."""
+    import torch
+
+    if plan.config.threads is not None:
+        torch.set_num_threads(plan.config.threads)
+    for outcome in Group(plan, model, seed, folder).run():
+        report(outcome)

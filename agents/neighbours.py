@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.agents.steps import stepped
 from dmpq.problem import Problem
 
 Ints = NDArray[np.int64]
@@ -28,36 +29,51 @@ def neighbours(problem: Problem, centre: NDArray[np.integer], *, count: int) -> 
     """
     values, sizes = problem.linear_values(), problem.sizes
     layers = problem.per_decision(problem.spec.layer_of_expert.astype(np.float64))
-    order = np.argsort(sizes, axis=1, kind="stable")
     rows = np.arange(len(centre))
-    place = np.argmax(order == centre[:, None], axis=1)
 
-    def price(places: Ints) -> tuple[Ints, NDArray[np.float64]]:
-        """Return formats (D,) and what they cost per bit saved, NaN where there is none."""
-        exists = (places >= 0) & (places < order.shape[1])
-        formats = order[rows, np.clip(places, 0, order.shape[1] - 1)]
+    def price(formats: Ints) -> NDArray[np.float64]:
+        """Return what stepping to formats (D,) costs per bit saved, NaN where there is none."""
         saved = (sizes[rows, centre] - sizes[rows, formats]).astype(np.float64)
         lost = values[rows, formats] - values[rows, centre]
-        exists &= (saved != 0) & (lost * saved > 0)
-        return formats, np.divide(lost, saved, out=np.full(len(rows), np.nan), where=exists)
+        exists = (formats >= 0) & (saved != 0) & (lost * saved > 0)
+        return np.divide(lost, saved, out=np.full(len(rows), np.nan), where=exists)
 
-    narrower, down = price(place - 1)
-    wider, up = price(place + 1)
+    narrower, wider = stepped(sizes, centre, -1), stepped(sizes, centre, 1)
+    down, up = price(narrower), price(wider)
     if np.isnan(down).all() or np.isnan(up).all():
         return np.empty((0, len(centre)), np.int64)
     own = np.sqrt(np.nanmin(down) * np.nanmax(up))
-    found: list[tuple[float, Ints]] = []
-    for row in rows:
-        if not np.isnan(down[row]):
-            moved = centre.astype(np.int64)
-            moved[row] = narrower[row]
-            found.append((abs(np.log(down[row] / own)), moved))
-        pays = (layers >= layers[row]) & (rows != row) & ~np.isnan(down)
-        if not np.isnan(up[row]) and pays.any():
-            other = int(np.flatnonzero(pays)[down[pays].argmin()])
-            moved = centre.astype(np.int64)
-            moved[row], moved[other] = wider[row], narrower[other]
-            found.append((abs(np.log(up[row] / own)), moved))
-    found.sort(key=lambda pair: pair[0])
-    maps = np.array([moved for _, moved in found]).reshape(-1, len(centre))
-    return maps[problem.feasible(maps)][:count] if len(maps) else maps
+    payer = _payers(down, layers)
+    up[payer < 0] = np.nan
+    steps = np.stack([down, up], axis=1).ravel()  # of each decision, down before up
+    doubt = np.abs(np.log(steps / own))
+    order = np.argsort(doubt, kind="stable")[: np.isfinite(doubt).sum()]
+    found = np.empty((0, len(centre)), np.int64)
+    for start in range(0, len(order), max(count, 1)):
+        chosen = order[start : start + count]
+        which, row = np.arange(len(chosen)), chosen // 2
+        maps = np.repeat(centre.astype(np.int64)[None], len(chosen), axis=0)
+        ups = chosen % 2 == 1
+        maps[which, row] = np.where(ups, wider[row], narrower[row])
+        paying = payer[row[ups]]
+        maps[which[ups], paying] = narrower[paying]
+        found = np.concatenate([found, maps[problem.feasible(maps)]])
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def _payers(down: NDArray[np.float64], layers: NDArray[np.float64]) -> Ints:
+    """Return which decision pays for a step up of each, (D,), -1 for none.
+
+    Args:
+        down: (D,), price of a step down, NaN where there is none.
+        layers: (D,), layer of each decision.
+    """
+    payer = np.full(len(down), -1)
+    cheapest = np.argsort(down, kind="stable")[: np.isfinite(down).sum()]
+    for layer in np.unique(layers):
+        first, *second = (*cheapest[layers[cheapest] >= layer][:2], -1)
+        here = np.flatnonzero(layers == layer)
+        payer[here] = np.where(here == first, second[0] if second else -1, first)
+    return payer

@@ -1,8 +1,11 @@
-"""Train the bundled reference checkpoint on the training side of the embedded text.
+r"""Train the bundled reference checkpoint on the training side of the embedded text.
 
     nice python benchmarks/train_reference.py --work runs/reference --out dmpq/reference/model
+    nice python benchmarks/train_reference.py --family mixtral --tokens 24_000_000 \\
+        --work runs/mixtral --out benchmarks/models/mixtral
 
-An OLMoE of 64 experts on bytes, in fp32 on a CPU. The learning rate warms up, stays, and falls
+An OLMoE of 64 experts on bytes, in fp32 on a CPU; other families, of other widths, depths and
+numbers of experts, by the same recipe. The learning rate warms up, stays, and falls
 to zero linearly over the last fifth. The run is resumable: the same command continues from the
 last checkpoint in ``--work``, and since the batch of a step depends on the seed and the step
 alone, resuming changes nothing. On two cores it takes about an hour (GOMP_SPINCOUNT=30000 and a
@@ -29,7 +32,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 
@@ -74,26 +83,74 @@ def _byte_alphabet() -> list[str]:
     return [chr(value if value in printable else next(stand_ins)) for value in range(256)]
 
 
-def model_config() -> OlmoeConfig:
-    """Return the geometry of the reference model: 4 layers of 16 experts, two per token."""
-    return OlmoeConfig(
-        vocab_size=END_OF_TEXT + 1,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=16,
-        num_experts_per_tok=2,
-        norm_topk_prob=False,
-        router_aux_loss_coef=0.01,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=END_OF_TEXT,
-        pad_token_id=END_OF_TEXT,
-        use_cache=True,
-    )
+COMMON: dict[str, Any] = {
+    "vocab_size": END_OF_TEXT + 1,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": END_OF_TEXT,
+    "pad_token_id": END_OF_TEXT,
+    "use_cache": True,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "olmoe": {  # 64 experts in 4 layers, two per token
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "router_aux_loss_coef": 0.01,
+    },
+    "mixtral": {  # 24 wide experts in 3 layers, two per token, their weights summing to 1
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {  # 60 experts in 5 layers, two per token beside a shared one
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 96,
+        "shared_expert_intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "num_experts": 12,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+    },
+    "deepseek_v2": {  # 96 small experts in 3 of 4 layers, four per token beside a shared one
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 32,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+}
+
+
+def model_config(family: str = "olmoe") -> PreTrainedConfig:
+    """Return the geometry of a family's model."""
+    return AutoConfig.for_model(family, **(FAMILIES[family] | COMMON))
 
 
 @torch.compile(dynamic=True)
@@ -247,7 +304,7 @@ def learning_rate(step: int, steps: int, config: TrainingConfig) -> float:
 
 
 def save_progress(
-    work: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    work: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
 ) -> None:
     """Write model, optimizer state and counters as one file, replaced atomically."""
     tensors = {f"model.{name}": t for name, t in model.state_dict().items()}
@@ -261,7 +318,7 @@ def save_progress(
 
 
 def load_progress(
-    work: Path, model: OlmoeForCausalLM, optimizer: torch.optim.Optimizer
+    work: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
     """Restore what :func:`save_progress` wrote; ``None`` where nothing was."""
     from safetensors import safe_open
@@ -284,7 +341,7 @@ def load_progress(
     return restored
 
 
-def optimizer_for(model: OlmoeForCausalLM, config: TrainingConfig) -> torch.optim.AdamW:
+def optimizer_for(model: PreTrainedModel, config: TrainingConfig) -> torch.optim.AdamW:
     """Return AdamW with weight decay on matrices only, parameters in the model's order."""
     groups = [
         {"params": [p], "weight_decay": config.weight_decay if p.ndim > 1 else 0.0}
@@ -293,25 +350,39 @@ def optimizer_for(model: OlmoeForCausalLM, config: TrainingConfig) -> torch.opti
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-def compile_dense_parts(model: OlmoeForCausalLM) -> None:
-    """Compile attention and norms, whose element-wise passes would otherwise take half a step."""
+def compile_dense_parts(model: PreTrainedModel) -> None:
+    """Compile attention and norms, whose element-wise passes would otherwise take half a step.
+
+    Latent attention rotates complex numbers, which the compiler leaves alone.
+    """
+    latent = getattr(model.config, "kv_lora_rank", None)
     for layer in model.model.layers:
-        for part in (layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm):
+        norms = [layer.input_layernorm, layer.post_attention_layernorm]
+        for part in norms if latent else [layer.self_attn, *norms]:
             part.forward = torch.compile(part.forward)
 
 
-def train(work: Path, out: Path, *, tokens: int, threads: int, config: TrainingConfig) -> None:
+def train(
+    work: Path,
+    out: Path,
+    *,
+    tokens: int,
+    threads: int,
+    config: TrainingConfig,
+    family: str = "olmoe",
+) -> None:
     """Train until ``tokens`` have been seen and write the bf16 checkpoint to ``out``."""
     torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     ExpertsInterface.register("sorted", _sorted_experts)
     work.mkdir(parents=True, exist_ok=True)
-    model = OlmoeForCausalLM._from_config(model_config(), experts_implementation="sorted")
-    model.config.output_router_logits = True
+    model = AutoModelForCausalLM.from_config(model_config(family), experts_implementation="sorted")
     model.router_aux_loss_coef = 0.0  # balance_loss takes its place
     optimizer = optimizer_for(model, config)
     init_norms = [
-        layer.mlp.gate.weight.detach().norm(dim=1).tolist() for layer in model.model.layers
+        layer.mlp.gate.weight.detach().norm(dim=1).tolist()
+        for layer in model.model.layers
+        if hasattr(layer.mlp, "gate")
     ]
     progress = load_progress(work, model, optimizer) or {
         "step": 0,
@@ -331,7 +402,7 @@ def train(work: Path, out: Path, *, tokens: int, threads: int, config: TrainingC
         batch = batches[step]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, config)
-        output = model(input_ids=batch, labels=batch)
+        output = model(input_ids=batch, labels=batch, output_router_logits=True)
         balance = balance_loss(output.router_logits, model.config.num_experts_per_tok)
         (output.loss + config.balance_weight * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -356,9 +427,8 @@ def train(work: Path, out: Path, *, tokens: int, threads: int, config: TrainingC
     export(model, out, progress, tokens=steps * per_step)
 
 
-def export(model: OlmoeForCausalLM, out: Path, progress: dict[str, Any], *, tokens: int) -> None:
+def export(model: PreTrainedModel, out: Path, progress: dict[str, Any], *, tokens: int) -> None:
     """Write the checkpoint in bf16 with its tokenizer and what it was trained on."""
-    model.config.output_router_logits = False
     model.config.router_init_norms = progress["router_init_norms"]
     model.config.training = {"tokens": tokens, "seconds": round(progress["seconds"])}
     model.to(torch.bfloat16).save_pretrained(out)
@@ -370,6 +440,7 @@ def export(model: OlmoeForCausalLM, out: Path, progress: dict[str, Any], *, toke
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--family", choices=FAMILIES, default="olmoe")
     parser.add_argument("--work", type=Path, default=Path("runs/reference"))
     parser.add_argument("--out", type=Path, default=Path("dmpq/reference/model"))
     parser.add_argument("--tokens", type=int, default=100_000_000)
@@ -381,6 +452,7 @@ def main() -> None:
         tokens=arguments.tokens,
         threads=arguments.threads,
         config=TrainingConfig(),
+        family=arguments.family,
     )
 
 

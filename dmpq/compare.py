@@ -39,7 +39,7 @@ _LEFT_OUT: Final = (
 _OWN_DEFAULTS: Final = {
     "evaluations": 200,
     "search_tokens": 8192,
-    "selection_tokens": 16384,
+    "selection_tokens": 32768,
     "weights": "acc=1",
     "threads": 1,
     "cost_geometry": "olmoe-1b-7b",

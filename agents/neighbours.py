@@ -36,7 +36,9 @@ def neighbours(problem: Problem, centre: NDArray[np.integer], *, count: int) -> 
         saved = (sizes[rows, centre] - sizes[rows, formats]).astype(np.float64)
         lost = values[rows, formats] - values[rows, centre]
         exists = (formats >= 0) & (saved != 0) & (lost * saved > 0)
-        return np.divide(lost, saved, out=np.full(len(rows), np.nan), where=exists)
+        prices: NDArray[np.float64] = np.full(len(rows), np.nan)
+        np.divide(lost, saved, out=prices, where=exists)
+        return prices
 
     narrower, wider = stepped(sizes, centre, -1), stepped(sizes, centre, 1)
     down, up = price(narrower), price(wider)
@@ -49,7 +51,7 @@ def neighbours(problem: Problem, centre: NDArray[np.integer], *, count: int) -> 
     doubt = np.abs(np.log(steps / own))
     order = np.argsort(doubt, kind="stable")[: np.isfinite(doubt).sum()]
     found = np.empty((0, len(centre)), np.int64)
-    for start in range(0, len(order), max(count, 1)):
+    for start in range(0, len(order) if count else 0, max(count, 1)):
         chosen = order[start : start + count]
         which, row = np.arange(len(chosen)), chosen // 2
         maps = np.repeat(centre.astype(np.int64)[None], len(chosen), axis=0)
@@ -73,7 +75,7 @@ def _payers(down: NDArray[np.float64], layers: NDArray[np.float64]) -> Ints:
     payer = np.full(len(down), -1)
     cheapest = np.argsort(down, kind="stable")[: np.isfinite(down).sum()]
     for layer in np.unique(layers):
-        first, *second = (*cheapest[layers[cheapest] >= layer][:2], -1)
+        first, second = (*cheapest[layers[cheapest] >= layer][:2].tolist(), -1, -1)[:2]
         here = np.flatnonzero(layers == layer)
-        payer[here] = np.where(here == first, second[0] if second else -1, first)
+        payer[here] = np.where(here == first, second, first)
     return payer

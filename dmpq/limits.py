@@ -199,12 +199,31 @@ class Words:
     routed: bool
 
 
+@dataclass(frozen=True)
+class Least:
+    """What has to be granted of one limit so that it can be met with the others, in its unit.
+
+    Attributes:
+        found: What the cheapest known map takes.
+        proven: What every map takes at least; 0 where nothing is proven.
+    """
+
+    found: float
+    proven: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether both are the same, to the digits that are shown."""
+        return self.proven >= self.found * (1 - _SHOWN_STEP)
+
+
 def refuse_impossible(
     constraints: Constraints,
     projection: Projection,
     *,
     costs: Callable[[Assignments], Cost],
     num_weights: int,
+    fixed_bytes: float,
     words: Words,
 ) -> None:
     """Refuse limits that no map meets, naming the smallest change with which one does.
@@ -214,49 +233,71 @@ def refuse_impossible(
         projection: Onto the same limits.
         costs: Takes maps, (K, D), to their costs by the full cost model.
         num_weights: Weights of all routed experts.
+        fixed_bytes: Memory that no decision changes, bytes.
         words: How to speak of the limits.
 
     Raises:
-        InputError: If no map meets all limits, or none was found where they do not add up. It says
-            for each limit the least value with which a map meets it and the others.
+        InputError: If no map meets all limits, which is proven where they add up or the hardware's
+            costs can be bounded, or else none was found. It says for each limit the least value
+            with which a map meets it and the others, as far as that is known.
     """
     given = constraints.given()
     if projection.possible:
         return
 
-    def least(name: str, onto: Projection) -> float | None:
+    def least(name: str, onto: Projection) -> Least | None:
         choice = onto.least(name)
-        return None if choice is None else _taken(name, choice, onto, costs, num_weights)
+        if choice is None:
+            return None
+        found = _taken(name, choice, onto, costs, num_weights)
+        return Least(found, _proven(name, found, onto, num_weights, fixed_bytes))
 
     alone = {name: least(name, _only(name, projection)) for name in given}
     single = next(iter(given)) if len(given) == 1 else "memory_bytes"
     own = len(given) == 1 or words.capacity_bytes is not None
     smallest = alone.get(single)
-    if own and smallest is not None and smallest > given[single] * (1 + _ROUNDING):
+    if own and smallest is not None and smallest.found > given[single] * (1 + _ROUNDING):
         raise InputError(_below(single, given[single], smallest, words))
     limits = " and ".join(_limit(name, value, words) for name, value in given.items())
-    found = "was found that meets" if projection.priced else "meets"
-    start = f"No map {found} {limits} together"
     needed = {name: least(name, projection) for name in given}
-    changes = [
-        _change(name, value, projection, words)
-        for name, value in needed.items()
-        if value is not None
-    ]
+    proven = not projection.priced or any(
+        _proven(name, math.inf, projection, num_weights, fixed_bytes) > value * (1 + _ROUNDING)
+        for name, value in given.items()
+    )
+    start = f"No map {'meets' if proven else 'was found that meets'} {limits} together"
+    changes = [_change(name, value, words) for name, value in needed.items() if value is not None]
     if changes:
         others = "the other kept" if len(given) == 2 else "the others kept"
         idle = [_name(name, words) for name, value in needed.items() if value is None]
         rest = f"; raising {' or '.join(idle)} alone is not enough" if idle else ""
         raise InputError(f"{start}; with {others}, {', or '.join(changes)}{rest}.")
-    apart = [
-        _least(name, value, _only(name, projection), words)
-        for name, value in alone.items()
-        if value is not None
-    ]
+    apart = [_least(name, value, words) for name, value in alone.items() if value is not None]
     raise InputError(
         f"{start}, and no change of one of them is enough; by themselves they can be met from "
         f"{', '.join(apart)} on."
     )
+
+
+def _proven(
+    name: str, found: float, projection: Projection, num_weights: int, fixed_bytes: float
+) -> float:
+    """Return what every map within the other limits takes of one at least, in its unit.
+
+    Args:
+        name: The limit.
+        found: What the cheapest known map takes, which is proven where all limits add up.
+        projection: Onto it and the others.
+        num_weights: Weights of all routed experts.
+        fixed_bytes: Memory that no decision changes, bytes.
+    """
+    if not projection.priced:
+        return found
+    if projection.relaxation is None:
+        return 0.0
+    least = projection.relaxation.least(name)
+    if name == "avg_bits":
+        return least / num_weights
+    return least / BITS_PER_BYTE + fixed_bytes if name == "memory_bytes" else least
 
 
 def _only(name: str, projection: Projection) -> Projection:
@@ -279,26 +320,30 @@ def _taken(
     return float(getattr(costs(choice[None]), name)[0])
 
 
-def _below(name: str, limit: float, least: float, words: Words) -> str:
+def _below(name: str, limit: float, least: Least, words: Words) -> str:
     """Return why a single limit cannot be met."""
-    flag, at_least = shown(name, limit)[0], _shown_above(name, least)
+    flag, at_least = shown(name, limit)[0], _shown_above(name, least.found)
     if name == "memory_bytes" and words.capacity_bytes is not None:
         return (
             f"The smallest map takes {at_least} GB at {words.geometry}, and {words.device} has "
             f"{device_memory(words.capacity_bytes)}; use a device with at least "
-            f"{_shown_above(name, least / USABLE_SHARE)} GB, narrower formats (--bits), or a "
-            "smaller --batch or --context."
+            f"{_shown_above(name, least.found / USABLE_SHARE)} GB, narrower formats (--bits), or "
+            "a smaller --batch or --context."
         )
+    found = "least" if least.exact else "least that was found"
     what = {
         "avg_bits": f"the effective bits of uniform {words.narrowest} (scales and zero-points "
         "included)",
         "memory_bytes": f"the memory in GB of the smallest map at {words.geometry}",
-        "latency_s": f"the least time in ms that was found on {words.device}",
-        "energy_j": f"the least energy in J that was found on {words.device}",
+        "latency_s": f"the {found} of any map's time in ms on {words.device}",
+        "energy_j": f"the {found} of any map's energy in J on {words.device}",
     }
+    bound = ""
+    if not least.exact and least.proven > 0:
+        bound = f" (none takes less than {_shown_below(name, least.proven)})"
     return (
-        f"{flag} {shown(name, limit)[1]} is below {at_least}, {what[name]}; raise it, or offer "
-        "narrower formats with --bits."
+        f"{flag} {shown(name, limit)[1]} is below {at_least}, {what[name]}{bound}; raise it, or "
+        "offer narrower formats with --bits."
     )
 
 
@@ -320,29 +365,33 @@ def _name(name: str, words: Words) -> str:
     return f"the memory of {words.device}" if own else shown(name, 1.0)[0]
 
 
-def _change(name: str, value: float, projection: Projection, words: Words) -> str:
+def _change(name: str, least: Least, words: Words) -> str:
     """Return what a limit would have to be, as far as is known."""
-    about, unknown = _certainty(projection, words)
     if name == "memory_bytes" and words.capacity_bytes is not None:
-        amount = _shown_above(name, value / USABLE_SHARE)
-        return f"the device would have to have {about}{amount} GB{unknown}"
-    flag = shown(name, value)[0]
-    return f"{flag} would have to be raised to {about}{_shown_above(name, value)}{unknown}"
+        share = Least(least.found / USABLE_SHARE, least.proven / USABLE_SHARE)
+        return f"the device would have to have {_amount(name, share, words, unit=' GB')}"
+    flag = shown(name, least.found)[0]
+    return f"{flag} would have to be raised to {_amount(name, least, words)}"
 
 
-def _least(name: str, value: float, projection: Projection, words: Words) -> str:
-    about, unknown = _certainty(projection, words)
-    return f"{_name(name, words)} {about}{_shown_above(name, value)}{unknown}"
+def _least(name: str, least: Least, words: Words) -> str:
+    return f"{_name(name, words)} {_amount(name, least, words)}"
 
 
-def _certainty(projection: Projection, words: Words) -> tuple[str, str]:
-    """Return what to say before and after a least value: where costs do not add up, it was found.
+def _amount(name: str, least: Least, words: Words, *, unit: str = "") -> str:
+    """Return a least value, and how certain it is.
 
-    A map of that cost exists, but a cheaper one may; before the routing is known, not even that.
+    A map of the cost found exists, but where costs do not add up a cheaper one may, down to what
+    is proven; before the routing is known, not even that.
     """
-    if not projection.priced:
-        return "", ""
-    return ("at most ", "") if words.routed else ("about ", " (the routing is not known yet)")
+    found = _shown_above(name, least.found) + unit
+    if least.exact:
+        return found
+    if not words.routed:
+        return f"about {found} (the routing is not known yet)"
+    if least.proven <= 0:
+        return f"at most {found}"
+    return f"at most {found} (and at least {_shown_below(name, least.proven)}{unit})"
 
 
 def _shown_above(name: str, value: float) -> str:
@@ -350,5 +399,14 @@ def _shown_above(name: str, value: float) -> str:
     scale = float(shown(name, 1.0)[1])  # a power of ten
     exact, step = value * scale, 0
     while float(text := shown(name, value * (1 + step * _SHOWN_STEP))[1]) < exact:
+        step += 1
+    return text
+
+
+def _shown_below(name: str, value: float) -> str:
+    """Return a value in its flag's unit, rounded down."""
+    scale = float(shown(name, 1.0)[1])
+    exact, step = value * scale, 0
+    while float(text := shown(name, value * (1 - step * _SHOWN_STEP))[1]) > exact:
         step += 1
     return text

@@ -15,6 +15,7 @@ from dmpq.errors import InputError
 from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
+from dmpq.hw_models.bounds import Bounded
 from dmpq.limits import (
     BITS_PER_BYTE,
     NOT_ADDITIVE,
@@ -29,6 +30,7 @@ from dmpq.limits import (
 from dmpq.objective import Baselines, Constraints, Weights, reward_terms
 from dmpq.profile import Profile
 from dmpq.projection import Projection
+from dmpq.relaxation import Relaxation
 from dmpq.spec import ModelSpec
 
 _BASELINE_WIDTH: Final = 8
@@ -137,6 +139,7 @@ class Problem:
             self.projection,
             costs=self.costs,
             num_weights=self.num_weights,
+            fixed_bytes=self._fixed_bytes,
             words=Words(
                 narrowest=self.menu.keys[0],
                 geometry=self.cost_spec.name,
@@ -406,6 +409,31 @@ class Problem:
             unhit=self.unhit,
             usage=self._usage,
             groups=self._decisions.layers,  # a layer's experts share launches
+            relaxation=self._relaxation(exact, bits),
+        )
+
+    def _relaxation(self, exact: Ints, bits: Ints) -> Relaxation | None:
+        """Return the limits relaxed, where some do not add up and the costs can be bounded.
+
+        Args:
+            exact: What each format takes of each limit that adds up, (C, D, B).
+            bits: Those limits, (C,).
+        """
+        given = self.limits.given()
+        priced = {str(name): given[name] for name in NOT_ADDITIVE if name in given}
+        if not priced or not isinstance(self.hardware, Bounded) or not self.profile.tokens:
+            return None  # before the routing is known, nothing is proven
+        names = [name for name in given if name not in NOT_ADDITIVE]
+        return Relaxation(
+            bound=self.hardware.step_bound(
+                self.cost_spec, self.menu, self.workload, inclusion=self.profile.frequency
+            ),
+            decisions=self._decisions,
+            exact={
+                name: (sizes, int(limit))
+                for name, sizes, limit in zip(names, exact, bits, strict=True)
+            },
+            priced=priced,
         )
 
     def _usage(self, assignments: Assignments) -> Floats:

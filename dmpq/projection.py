@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError
 from dmpq.knapsack import Mckp, solve_mckp_multi
 from dmpq.local_search import descended, improved
+from dmpq.relaxation import Relaxation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -76,6 +77,8 @@ class Projection:
         usage: Takes maps, (K, D), to what they take of each of the priced limits by the full cost
             model, as a share, (K, P).
         groups: Decisions of one number share launches, (D,).
+        relaxation: The same limits, relaxed, where the hardware's costs can be bounded; its maps
+            are tried where no other is found.
     """
 
     sizes: Ints
@@ -86,6 +89,7 @@ class Projection:
     unhit: Ints
     usage: Callable[[Assignments], Floats]
     groups: Ints
+    relaxation: Relaxation | None = None
 
     def project(self, values: Floats) -> Ints:
         """Return the map of least value within every limit, (D,).
@@ -272,10 +276,12 @@ class Projection:
 
     def without(self, name: str) -> Projection:
         """Return the projection onto the other limits."""
+        relaxation = None if self.relaxation is None else self.relaxation.without(name)
         if name in self.names:
             at = self.names.index(name)
             return replace(
                 self,
+                relaxation=relaxation,
                 names=tuple(other for other in self.names if other != name),
                 exact=np.delete(self.exact, at, axis=0),
                 limits=np.delete(self.limits, at),
@@ -283,6 +289,7 @@ class Projection:
         at = [*self.priced].index(name)
         return replace(
             self,
+            relaxation=relaxation,
             priced={other: shares for other, shares in self.priced.items() if other != name},
             usage=lambda maps: np.delete(self.usage(maps), at, axis=1),
         )
@@ -298,11 +305,12 @@ class Projection:
         if name in self.names:
             limits = self.limits.copy()
             limits[self.names.index(name)] += bits
-            return replace(self, limits=limits)
+            return replace(self, limits=limits, relaxation=None)
         factors = np.array([1 + share * (other == name) for other in self.priced])
         priced = zip(self.priced.items(), factors, strict=True)
         return replace(
             self,
+            relaxation=None,
             priced={other: shares / factor for (other, shares), factor in priced},
             usage=lambda maps: self.usage(maps) / factors,
         )
@@ -337,7 +345,8 @@ class Projection:
         """Feasible maps among the cheapest of every set of formats, (K, D); K may be 0.
 
         Where none is, the one that takes least of one limit and meets the others may be, and the
-        ones that exceed the limits least are made to exceed them less.
+        ones that exceed the limits least, those that the relaxation met among them, are made to
+        exceed them less.
         """
         maps = self.cheap_maps
         if not len(maps):
@@ -349,6 +358,17 @@ class Projection:
         starts = maps[np.argsort(self._excess(maps), kind="stable")[:_STARTS]]
         found = [descended(one, shares, self.groups, self._excess) for one in starts]
         found += [one for one in map(self.least, self.priced) if one is not None]
+        maps = np.unique(np.array(found), axis=0)
+        feasible = maps[self.feasible(maps)]
+        if len(feasible) or self.relaxation is None:
+            return feasible
+        for name in (*self.names, *self.priced):
+            self.relaxation.least(name)
+        if not self.relaxation.met:
+            return feasible
+        maps = np.unique(np.array(self.relaxation.met), axis=0)
+        maps = maps[np.argsort(self._excess(maps), kind="stable")[: 4 * _STARTS]]
+        found = [descended(one, shares, self.groups, self._excess) for one in maps]
         maps = np.unique(np.array(found), axis=0)
         return maps[self.feasible(maps)]
 

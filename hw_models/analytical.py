@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from dmpq.formats import FULL_WIDTH, Menu
 from dmpq.hw_models.base import Cost, Floats, Workload
+from dmpq.hw_models.bounds import Line, StepBound
 from dmpq.hw_models.device import Device, Math, Stack, figures
 from dmpq.hw_models.explanation import Explanation, FormatUse
 from dmpq.hw_models.itemised import Sums, expert_parts, resident_parts
@@ -285,10 +286,66 @@ class AnalyticalModel:
         menus = [Menu((fmt,), menu.quantizer, menu.symmetric) for fmt in formats]
         return np.concatenate([spec.stored_bits(one) for one in menus], axis=2)
 
+    def step_bound(
+        self,
+        spec: ModelSpec,
+        menu: Menu,
+        workload: Workload,
+        *,
+        inclusion: NDArray[np.floating] | None = None,
+    ) -> StepBound:
+        """Return what a step costs at least; see :class:`dmpq.hw_models.bounds.Bounded`."""
+        tables = self._tables(spec, menu, workload, inclusion)
+        layers, alike = spec.layer_of_expert, self._alike(menu)
+        active, rows = tables.active[:, None, None], tables.rows[:, None, None]
+        times = np.stack(
+            [
+                active * tables.memory_s[layers],
+                rows * tables.row_s[layers],
+                active * tables.unpack_s[layers],
+            ],
+            axis=3,
+        )[:, :, alike]
+        nothing = np.zeros(times.shape[:3])
+        fixed = tables.activations_s + tables.attention_s + tables.head_s + tables.overhead_s
+        power = self.facts.power
+        if power is None:
+            watts = UNCALIBRATED_POWER_SHARE * self.facts.tdp_w
+            energy: tuple[Line, ...] = (Line(watts, nothing, watts * fixed),)
+        else:
+            per_byte = power.memory_w / self.facts.bandwidth_bytes_per_s
+            per_flop = power.compute_w / self.facts.peak_flops_per_s(
+                self.kernel_stack.kernel(FULL_WIDTH).math
+            )
+            own = (
+                per_byte * active * tables.traffic_bytes[layers]
+                + per_flop * rows * tables.flops_per_row[layers][:, :, None]
+            )
+            others = (
+                power.base_w * fixed
+                + per_byte * tables.resident_traffic_bytes
+                + per_flop * tables.resident_flops
+            )
+            limit = self.facts.tdp_w
+            energy = (
+                Line(limit, nothing, limit * fixed),
+                Line(power.base_w, own[:, :, alike], others),
+            )
+        return StepBound(
+            times=times,
+            launch_s=tables.launch_s,
+            alike=alike,
+            lines={"latency_s": (Line(1.0, nothing, fixed),), "energy_j": energy},
+        )
+
+    def _alike(self, menu: Menu) -> NDArray[np.int64]:
+        """Return the first format that is stored as each one is, (B,)."""
+        formats = stored_formats(self.kernel_stack, menu)
+        return np.array([formats.index(fmt) for fmt in formats])
+
     def _as_stored(self, maps: NDArray[np.integer], menu: Menu) -> NDArray[np.integer]:
         """Return maps with one index for formats that are stored alike: they share a launch."""
-        formats = stored_formats(self.kernel_stack, menu)
-        first = np.array([formats.index(fmt) for fmt in formats])
+        first = self._alike(menu)
         return maps if (first == np.arange(len(first))).all() else first[maps]
 
     def unsupported(self, menu: Menu) -> tuple[str, ...]:

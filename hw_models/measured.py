@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError
 from dmpq.formats import FULL_WIDTH, Format, Menu
 from dmpq.hw_models.base import Cost, Floats, Workload
+from dmpq.hw_models.bounds import StepBound, additive
 from dmpq.hw_models.maps import checked_maps, summed
 from dmpq.hw_models.measurements import ExpertTiming, Measurements, Points
 from dmpq.hw_models.needs import lacking, needs, rows_when_active, seconds_at
@@ -118,6 +119,20 @@ class MeasuredModel:
     ) -> Floats:
         """Return seconds per expert, projection and format, shape (N, 2, B); they add up."""
         return self._tables(spec, menu, workload, inclusion).seconds.copy()
+
+    def step_bound(
+        self,
+        spec: ModelSpec,
+        menu: Menu,
+        workload: Workload,
+        *,
+        inclusion: NDArray[np.floating] | None = None,
+    ) -> StepBound:
+        """Return what a step costs at least; see :class:`dmpq.hw_models.bounds.Bounded`."""
+        tables = self._tables(spec, menu, workload, inclusion)
+        return additive(
+            tables.seconds, tables.joules, other_s=tables.other_s, other_j=tables.other_j
+        )
 
     def stored_bits(self, spec: ModelSpec, menu: Menu) -> NDArray[np.int64]:
         """Return the bits of each expert's projections in memory, (N, 2, B).

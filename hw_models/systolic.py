@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from dmpq.formats import Format, Menu
 from dmpq.hw_models.accelerator import Accelerator
 from dmpq.hw_models.base import BITS_PER_BYTE, Cost, Floats, Workload
+from dmpq.hw_models.bounds import StepBound, additive
 from dmpq.hw_models.maps import checked_maps, summed
 from dmpq.hw_models.resident import (
     attention_matrices,
@@ -129,6 +130,20 @@ class SystolicModel:
     ) -> Floats:
         """Return seconds per expert, projection and format, (N, 2, B): here exactly additive."""
         return self._tables(spec, menu, workload, inclusion).seconds.copy()
+
+    def step_bound(
+        self,
+        spec: ModelSpec,
+        menu: Menu,
+        workload: Workload,
+        *,
+        inclusion: NDArray[np.floating] | None = None,
+    ) -> StepBound:
+        """Return what a step costs at least; see :class:`dmpq.hw_models.bounds.Bounded`."""
+        tables = self._tables(spec, menu, workload, inclusion)
+        return additive(
+            tables.seconds, tables.joules, other_s=tables.resident_s, other_j=tables.resident_j
+        )
 
     def stored_bits(self, spec: ModelSpec, menu: Menu) -> NDArray[np.int64]:
         """Return the bits of each expert's projections in memory, (N, 2, B)."""

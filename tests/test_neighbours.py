@@ -60,3 +60,8 @@ def test_those_in_doubt_come_first():
 def test_the_widest_map_has_nothing_to_exchange():
     problem = make_problem(avg_bits=16.0, weights="acc=1")
     assert neighbours(problem, problem.mckp(), count=ALL).shape == (0, problem.num_decisions)
+
+
+def test_no_neighbours_are_asked_for_and_none_come():
+    problem = make_problem()
+    assert neighbours(problem, problem.mckp(), count=0).shape == (0, problem.num_decisions)

@@ -103,7 +103,7 @@ def curves(outcomes: Sequence[Outcome]) -> Figure:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8
+        handles.values(), handles.keys(), loc="outside upper center", ncols=6, fontsize=8
     )
     return figure
 

@@ -330,13 +330,13 @@ def _below(name: str, limit: float, least: Least, words: Words) -> str:
             f"{_shown_above(name, least.found / USABLE_SHARE)} GB, narrower formats (--bits), or "
             "a smaller --batch or --context."
         )
-    found = "least" if least.exact else "least that was found"
+    found = "" if least.exact else "that was found "
     what = {
         "avg_bits": f"the effective bits of uniform {words.narrowest} (scales and zero-points "
         "included)",
         "memory_bytes": f"the memory in GB of the smallest map at {words.geometry}",
-        "latency_s": f"the {found} of any map's time in ms on {words.device}",
-        "energy_j": f"the {found} of any map's energy in J on {words.device}",
+        "latency_s": f"the least time in ms {found}on {words.device}",
+        "energy_j": f"the least energy in J {found}on {words.device}",
     }
     bound = ""
     if not least.exact and least.proven > 0:

@@ -78,8 +78,8 @@ class Agent(Protocol):
 
     ``python -m dmpq.compare`` also knows, where an agent has them: ``cost``, ``"1"`` where it
     evaluates one map, so that what it may spend pays for a larger profile; ``profiled``, false
-    where it reads no profile and is not charged for it; ``control()``, the same agent that learns
-    nothing.
+    where it reads no profile and is not charged for it; ``forwards``, those of the search text
+    that its own signal takes; ``control()``, the same agent that learns nothing.
     """
 
     @property

@@ -41,6 +41,13 @@ class _HessianAgent(OneMapAgent):
     probes: int = 16
     probe_seed: int = 0
 
+    @property
+    def forwards(self) -> float:
+        """What the traces cost, in forwards of the search's text."""
+        from dmpq.curvature import hessian_cost
+
+        return hessian_cost(self.probes)
+
     def _values(self, problem: Problem) -> NDArray[np.float64]:
         evaluator = model_evaluator(problem, self.name)
         from dmpq.curvature import hessian_trace, squared_perturbation

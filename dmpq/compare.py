@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dmpq.config import add_options, from_arguments
-from dmpq.console import INTERRUPTED, CommandParser, plain_console, quiet_libraries, refuse
+from dmpq.console import CommandParser, exit_code, plain_console, quiet_libraries
 from dmpq.contest import Contest
-from dmpq.errors import InputError, first_line, is_out_of_memory
+from dmpq.errors import InputError
 from dmpq.files import replace_atomically
-from dmpq.referee import Group, Outcome, Plan, entrants, run_group
+from dmpq.referee import KEPT, Group, Outcome, Plan, entrants, read_outcomes, run_group
 from dmpq.run_folder import claim, only_run_in
 
 if TYPE_CHECKING:
@@ -51,30 +51,25 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-    console = plain_console()
-    try:
-        quiet_libraries()
-        plan = Plan(
-            config=from_arguments(arguments),
-            models=tuple(arguments.models),
-            seeds=tuple(range(arguments.seeds)),
-            contests=tuple(map(Contest.parse, arguments.contests)),
-            agents=tuple(arguments.agents),
-            factor=arguments.factor,
-        )
-        compare(plan, Path(arguments.out), console, jobs=arguments.jobs, only_read=arguments.read)
-    except InputError as error:
-        return refuse(error)
-    except OSError as error:
-        where = "" if error.filename is None else f" ({error.filename})"
-        return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return refuse(f"There is not enough memory ({first_line(error)}); ask for fewer tokens.")
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from here.")
-        return INTERRUPTED
+    return exit_code(
+        lambda: _compared(arguments),
+        memory="ask for fewer tokens",
+        interrupted="Interrupted; the same command goes on from here.",
+    )
+
+
+def _compared(arguments: argparse.Namespace) -> int:
+    quiet_libraries()
+    plan = Plan(
+        config=from_arguments(arguments),
+        models=tuple(arguments.models),
+        seeds=tuple(range(arguments.seeds)),
+        contests=tuple(map(Contest.parse, arguments.contests)),
+        agents=tuple(arguments.agents),
+        factor=arguments.factor,
+    )
+    folder = Path(arguments.out)
+    compare(plan, folder, plain_console(), jobs=arguments.jobs, only_read=arguments.read)
     return 0
 
 
@@ -118,10 +113,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
 
 
 def compare(
@@ -147,7 +141,8 @@ def compare(
     with only_run_in(folder):
         if not only_read:
             _run(plan, folder, console, jobs=jobs)
-        _show(_outcomes(folder), folder, console)
+        found = [one for path in sorted(folder.glob(f"*/{KEPT}")) for one in read_outcomes(path)]
+        _show(found, folder, console)
 
 
 def _run(plan: Plan, folder: Path, console: Console, *, jobs: int) -> None:
@@ -179,18 +174,6 @@ def said(outcome: Outcome) -> str:
         f"KL {outcome.kl:.5f}, {outcome.evaluations} maps, {outcome.tokens / 1e6:.2f} M tokens, "
         f"{outcome.seconds:.0f} s"
     )
-
-
-def _outcomes(folder: Path) -> list[Outcome]:
-    """Return everything that a folder holds."""
-    from dmpq.files import JsonLines
-
-    found = []
-    for path in sorted(folder.glob("*/outcomes.jsonl")):
-        lines = JsonLines(path)
-        lines.close()
-        found += [Outcome.from_json(line) for line in lines]
-    return found
 
 
 def _show(outcomes: list[Outcome], folder: Path, console: Console) -> None:

@@ -6,9 +6,11 @@ import argparse
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NoReturn
+
+from dmpq.errors import InputError, first_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +30,31 @@ def refuse(reason: object) -> int:
     text = "".join(c if c.isprintable() else " " for c in str(reason))
     sys.stderr.write(f"error: {' '.join(text.split())}\n")
     return BAD_INPUT
+
+
+def exit_code(work: Callable[[], int], *, memory: str, interrupted: str = "") -> int:
+    """Return the exit code of a command's work, and refuse in one line what cannot be done.
+
+    Args:
+        work: Returns the exit code where nothing is wrong.
+        memory: What to ask less of where memory runs out.
+        interrupted: What to say after Ctrl-C.
+    """
+    try:
+        return work()
+    except InputError as error:
+        return refuse(error)
+    except OSError as error:
+        where = "" if error.filename is None else f" ({error.filename})"
+        return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return refuse(f"There is not enough memory ({first_line(error)}); {memory}.")
+    except KeyboardInterrupt:
+        if interrupted:
+            plain_console().print(interrupted)
+        return INTERRUPTED
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -67,6 +67,11 @@ def empirical_fisher(evaluator: ModelEvaluator) -> Floats:
     return _weighed_perturbation(bank, oriented)
 
 
+def hessian_cost(probes: int) -> float:
+    """Return what :func:`hessian_trace` costs, in forwards of its text."""
+    return 1 + BACKWARD_COST + probes * HESSIAN_PRODUCT_COST
+
+
 def hessian_trace(evaluator: ModelEvaluator, *, probes: int = 16, seed: int = 0) -> Floats:
     """Return the trace of each expert's block of the loss's Hessian, (N,), estimated.
 
@@ -101,7 +106,7 @@ def hessian_trace(evaluator: ModelEvaluator, *, probes: int = 16, seed: int = 0)
                 ]
                 both = zip(parts[::2], parts[1::2], strict=True)
                 trace += np.concatenate([up + down for up, down in both]) / probes
-    evaluator.charge(evaluator.tokens * (1 + BACKWARD_COST + probes * HESSIAN_PRODUCT_COST))
+    evaluator.charge(evaluator.tokens * hessian_cost(probes))
     return trace
 
 

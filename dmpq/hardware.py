@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from dmpq import hardware_explain, hardware_fit, hardware_measure, hardware_tables
-from dmpq.console import INTERRUPTED, CommandParser, plain_console, refuse
-from dmpq.errors import InputError, first_line, is_out_of_memory
+from dmpq.console import CommandParser, exit_code, plain_console
 
 AddParser = Callable[[Any], None]
 
@@ -46,20 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         add(subparsers)
     arguments = parser.parse_args(argv)
     console = plain_console(stderr=getattr(arguments, "json", False))
-    try:
-        code: int = arguments.run(arguments, console)
-    except InputError as error:
-        return refuse(error)
-    except OSError as error:
-        where = "" if error.filename is None else f" ({error.filename})"
-        return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return refuse(f"There is not enough memory ({first_line(error)}); take a smaller model.")
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return code
+    return exit_code(lambda: int(arguments.run(arguments, console)), memory="take a smaller model")
 
 
 if __name__ == "__main__":

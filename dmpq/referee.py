@@ -45,9 +45,11 @@ ONE: Final = "1"
 REFERENCE: Final = "mckp"
 """What every agent is compared with."""
 SMALL: Final = "mckp, small"
+KEPT: Final = "outcomes.jsonl"
+"""File in a group's folder."""
 
 _KEPT_FORWARDS: Final = 12
-"""Of the search text, that the larger profile leaves: its map's, and those of curvature."""
+"""Of the search text, that the larger profile leaves at least, so that most agents share one."""
 _BATCHES: Final = 16
 """Into which the search text is cut, so that an evaluation can be had in sixteenths."""
 _LARGEST_BATCH: Final = 4096
@@ -86,9 +88,9 @@ class Plan:
 
     def digest(self) -> str:
         """Return a hash of what the rows of one folder share: all but the grid's lists."""
-        left_out = ("model", "seed", "hw", "out", "threads", "bank_memory_gb", "agent", "explain")
+        left_out = ("model", "seed", "out", "threads", "bank_memory_gb", "agent", "explain")
         shared = {k: v for k, v in asdict(self.config).items() if k not in left_out}
-        text = json.dumps(shared | {"hw": self.config.hw}, sort_keys=True)
+        text = json.dumps(shared, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -101,12 +103,14 @@ class Entrant:
         agent: The agent.
         larger: Whether it has the larger profile and a single evaluation.
         profiled: Whether it is charged for the profile.
+        forwards: Of the search text, that its own signal takes.
     """
 
     label: str
     agent: Agent
     larger: bool
     profiled: bool = True
+    forwards: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,19 @@ class Outcome:
             ) from error
 
 
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Return the outcomes that a group keeps in a file; none where there is no file.
+
+    Raises:
+        InputError: If a line holds none.
+    """
+    if not path.exists():
+        return []
+    lines = JsonLines(path)
+    lines.close()
+    return [Outcome.from_json(line) for line in lines]
+
+
 def entrants(names: tuple[str, ...]) -> list[Entrant]:
     """Return the agents with the controls that always run, each once.
 
@@ -188,7 +205,8 @@ def entrants(names: tuple[str, ...]) -> list[Entrant]:
             continue
         larger = getattr(agent, "cost", "") == ONE
         profiled = getattr(agent, "profiled", True)
-        made.append(Entrant(agent.name, agent, larger, profiled))
+        forwards = getattr(agent, "forwards", 0.0)
+        made.append(Entrant(agent.name, agent, larger, profiled, forwards))
         control = getattr(agent, "control", None)
         if callable(control):
             made.append(Entrant(f"{agent.name}, rate 0", control(), larger, profiled))
@@ -215,6 +233,7 @@ class Group:
         self.folder = folder / f"{self.model}-seed{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._config = replace(plan.config, model=model, seed=seed)
+        self._larger: dict[int, Profile] = {}
 
     def missing(self) -> list[tuple[Contest, Entrant]]:
         """Return what is still to be run, in order."""
@@ -229,12 +248,7 @@ class Group:
 
     def outcomes(self) -> list[Outcome]:
         """Return what has been run, by any plan of this folder."""
-        path = self.folder / "outcomes.jsonl"
-        if not path.exists():
-            return []
-        lines = JsonLines(path)
-        lines.close()
-        return [Outcome.from_json(line) for line in lines]
+        return read_outcomes(self.folder / KEPT)
 
     def run(self) -> Iterator[Outcome]:
         """Run what is missing, and yield each outcome once it is kept.
@@ -248,7 +262,7 @@ class Group:
             return
         for contest in self.plan.contests:
             self._within(contest, self.session.problem(self.profile))
-        kept = JsonLines(self.folder / "outcomes.jsonl")
+        kept = JsonLines(self.folder / KEPT)
         self.session.journal = JsonLines(self.folder / "journal.jsonl")
         try:
             for contest, entrant in todo:
@@ -280,15 +294,28 @@ class Group:
         """The profile that searches start from."""
         return self._profile(self.session, self._config.profile_tokens)
 
-    @cached_property
-    def larger_profile(self) -> Profile:
-        """The profile that takes all but a few forwards of what is allowed."""
+    def larger_profile(self, entrant: Entrant) -> Profile:
+        """Return the profile that takes all that is allowed but an entrant's own forwards.
+
+        Raises:
+            InputError: If these alone are more than is allowed.
+        """
         small, config = self.profile, self._config
-        left = self.allowed - _KEPT_FORWARDS * config.search_tokens
+        needed = math.ceil(entrant.forwards) + 2  # full precision, and its map
+        if self.allowed - needed * config.search_tokens < small.cost_tokens:
+            raise InputError(
+                f"{entrant.label} takes {needed} forwards of the search text, and "
+                f"{self.allowed:,.0f} tokens are not enough for them and a profile; raise "
+                "--evaluations."
+            )
+        left = self.allowed - max(_KEPT_FORWARDS, needed) * config.search_tokens
         tokens = int(left / (small.cost_tokens / small.tokens))
         length = self.session.splits.profile.shape[1]
         whole = max(small.tokens, tokens // length * length)
-        return self._profile(self.session.with_text(profile_tokens=whole), whole)
+        if whole not in self._larger:
+            session = self.session.with_text(profile_tokens=whole)
+            self._larger[whole] = self._profile(session, whole)
+        return self._larger[whole]
 
     def _profile(self, session: Session, tokens: int) -> Profile:
         from dmpq.profile import Profile
@@ -316,7 +343,7 @@ class Group:
         return self._evaluator("heldout")
 
     def _problem(self, contest: Contest, entrant: Entrant) -> Problem:
-        profile = self.larger_profile if entrant.larger else self.profile
+        profile = self.larger_profile(entrant) if entrant.larger else self.profile
         problem = self.session.problem(
             profile,
             evaluator=self._evaluator("search", batches=_BATCHES),

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.config import SearchConfig
-from dmpq.console import INTERRUPTED, CommandParser, plain_console, quiet_libraries, refuse
-from dmpq.errors import InputError, first_line, is_out_of_memory
+from dmpq.console import CommandParser, exit_code, plain_console, quiet_libraries
+from dmpq.errors import InputError
 
 if TYPE_CHECKING:
     from dmpq.bitmap import BitMap
@@ -49,25 +49,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    return exit_code(lambda: _validated(arguments), memory="ask for fewer --heldout-tokens")
+
+
+def _validated(arguments: argparse.Namespace) -> int:
+    """Replay the map, and say which of its claims hold."""
     from dmpq.bitmap import BitMap
 
-    try:
-        bitmap = BitMap.read(arguments.bitmap)
-        quiet_libraries()
-        found = replay(bitmap, arguments)
-    except InputError as error:
-        return refuse(error)
-    except OSError as error:
-        where = "" if error.filename is None else f" ({error.filename})"
-        return refuse(f"{error.strerror or first_line(error)}{where}; mend this, and try again.")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return refuse(
-            f"There is not enough memory ({first_line(error)}); ask for fewer --heldout-tokens."
-        )
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    bitmap = BitMap.read(arguments.bitmap)
+    quiet_libraries()
+    found = replay(bitmap, arguments)
     claimed = {**bitmap.metrics["predicted"], **bitmap.metrics["measured"]}
     return _compare(claimed, found, plain_console())
 

@@ -144,6 +144,18 @@ def test_every_agent_meets_every_contest_within_what_is_allowed(compared):
             assert one.tokens > one.allowed - 2 * CONFIG.search_tokens - 9 * 256
 
 
+def test_a_dear_signal_is_paid_from_the_profile(tmp_path):
+    """A Hessian trace takes 99 forwards of the search's text."""
+    own = replace(CONFIG, search_tokens=128, evaluations=130)
+    plan = replace(PLAN, config=own, contests=PLAN.contests[:1], agents=("hessian-model",))
+    mckp, _, hessian = Group(plan, "reference", 0, tmp_path).run()
+    assert hessian.tokens <= hessian.allowed
+    assert mckp.tokens <= mckp.allowed
+    poor = replace(plan, config=replace(own, evaluations=50))
+    with pytest.raises(InputError, match="takes 101 forwards of the search text"):
+        list(Group(poor, "reference", 0, tmp_path / "poor").run())
+
+
 def test_what_has_run_is_not_run_again(compared):
     folder, found = compared
     group = Group(PLAN, "reference", 0, folder)
@@ -193,7 +205,7 @@ def test_the_command_refuses_what_cannot_be(tmp_path, capsys):
     for options, message in (
         (["--contests", "bit=3"], "Unknown limit 'bit'"),
         (["--agents", "nobody"], "Unknown agent 'nobody'"),
-        (["--seeds", "0"], "invalid _count value"),
+        (["--seeds", "0"], "'0' is no whole number of 1 or more"),
         (["--read"], "holds no outcome yet"),
     ):
         try:

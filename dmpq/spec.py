@@ -14,20 +14,14 @@ from typing import Any, Final, get_type_hints
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq import hf_config
 from dmpq.errors import InputError, unknown
 from dmpq.formats import Menu
 
 GEOMETRIES: Final = ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
 
-_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_KS: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
-_EXPERT_WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 _MAX_COUNT: Final = 1 << 40
 _MAX_LAYERS: Final = 1 << 16
-_WINDOW_UNUSED: Final = ("qwen2_moe", "qwen3_moe")
-"""Families whose configs name a window that they do not use unless told so."""
-
-_DENSE_WIDTHS: Final = ("intermediate_size_mlp", "intermediate_size")
 
 
 @dataclass(frozen=True)
@@ -315,27 +309,27 @@ class ModelSpec:
         """
         text = config.get("text_config")
         text = text if isinstance(text, Mapping) else config
-        experts = _first(text, _EXPERT_COUNTS, name)
+        experts = hf_config.first_number(text, hf_config.EXPERT_COUNTS, name)
         if experts < 2:
             raise InputError(
                 f"{name} is a dense model: it has no experts to give bits to; "
                 "use a Mixture-of-Experts model."
             )
-        layers = _first(text, ("num_hidden_layers",), name)
+        layers = hf_config.first_number(text, ("num_hidden_layers",), name)
         _check_layers(layers, name)
-        width = _first(text, _EXPERT_WIDTHS, name)
+        width = hf_config.first_number(text, hf_config.EXPERT_WIDTHS, name)
         if paths is None:
-            sparse = [i for i in range(layers) if _is_sparse(text, i)]
+            sparse = [i for i in range(layers) if hf_config.is_sparse(text, i)]
             paths = [f"model.layers.{i}.mlp.experts" for i in sparse]
-        hidden = _first(text, ("hidden_size",), name)
-        heads = _first(text, ("num_attention_heads",), name)
+        hidden = hf_config.first_number(text, ("hidden_size",), name)
+        heads = hf_config.first_number(text, ("num_attention_heads",), name)
         moe_layer = MoELayer(
             path="experts",
             num_experts=experts,
-            top_k=_first(text, _TOP_KS, name),
+            top_k=hf_config.first_number(text, hf_config.TOP_KS, name),
             hidden_size=hidden,
             intermediate_size=width,
-            shared_intermediate_size=_shared_width(text, width),
+            shared_intermediate_size=hf_config.shared_width(text, width),
         )
         return cls(
             name=name,
@@ -345,18 +339,20 @@ class ModelSpec:
             num_attention_heads=heads,
             num_key_value_heads=text.get("num_key_value_heads") or heads,
             head_dim=text.get("head_dim") or hidden // heads,
-            vocab_size=_first(text, ("vocab_size",), name),
+            vocab_size=hf_config.first_number(text, ("vocab_size",), name),
             tie_word_embeddings=bool(
                 text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
             ),
             dense_intermediate_size=(
-                _first(text, _DENSE_WIDTHS, name) if len(paths) < layers else 0
+                hf_config.first_number(text, hf_config.DENSE_WIDTHS, name)
+                if len(paths) < layers
+                else 0
             ),
             moe_layers=tuple(replace(moe_layer, path=path) for path in paths),
-            attention_parameters=_attention_parameters(text, hidden, heads),
-            cache_values=_latent_width(text),
-            **_latent_dims(text),
-            **_windows(text, layers),
+            attention_parameters=hf_config.attention_parameters(text, hidden, heads),
+            cache_values=hf_config.latent_width(text),
+            **hf_config.latent_dims(text),
+            **hf_config.windows(text, layers),
         )
 
 
@@ -387,112 +383,6 @@ def load_geometry(name_or_path: str) -> ModelSpec:
             f"{path} describes no geometry ({type(error).__name__}: {error}); give the "
             "config.json of an MoE model."
         ) from error
-
-
-def _first(config: Mapping[str, Any], keys: Sequence[str], name: str) -> int:
-    """Return the first of several keys that holds a number."""
-    for key in keys:
-        value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    if keys is _EXPERT_COUNTS:
-        return 0
-    raise InputError(
-        f"The config of {name} gives no whole number for {' or '.join(keys)}; add one."
-    )
-
-
-def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
-    """Say whether a layer has experts, by the rules of the families in transformers."""
-    kinds = config.get("mlp_layer_types")
-    if kinds:
-        return bool(kinds[layer] == "sparse")
-    if config.get("moe_layers"):
-        return layer in config["moe_layers"]
-    frequency = config.get("moe_layer_freq", 1)
-    if isinstance(frequency, list):
-        return bool(frequency[layer])
-    return (
-        layer >= (config.get("first_k_dense_replace") or 0)
-        and layer not in (config.get("mlp_only_layers") or ())
-        and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
-        and layer % (frequency or 1) == 0
-    )
-
-
-def _shared_width(config: Mapping[str, Any], width: int) -> int:
-    if config.get("model_type") == "llama4_text":
-        return width
-    count = config.get("n_shared_experts") or config.get("num_shared_experts") or 0
-    return int(config.get("shared_expert_intermediate_size") or count * width)
-
-
-def _latent_width(config: Mapping[str, Any]) -> int:
-    """Return what latent attention (DeepSeek-V2, arXiv 2405.04434) caches; 0 for other kinds."""
-    rank = config.get("kv_lora_rank") or 0
-    return rank + config["qk_rope_head_dim"] if rank else 0
-
-
-def _latent_dims(config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the widths inside latent attention; none for other kinds."""
-    if not config.get("kv_lora_rank"):
-        return {}
-    rotated = config["qk_rope_head_dim"]
-    return {
-        "rotated_values": rotated,
-        "key_dim": config["qk_nope_head_dim"] + rotated,
-        "value_dim": config["v_head_dim"],
-    }
-
-
-def _windows(config: Mapping[str, Any], layers: int) -> dict[str, int]:
-    """Return the sliding window and how many layers have it, by the rules in transformers."""
-    family, window = config.get("model_type"), config.get("sliding_window")
-    if not window or not config.get("use_sliding_window", family not in _WINDOW_UNUSED):
-        return {}
-    last = config.get("max_window_layers")
-    last = layers if last is None else last
-    if kinds := config.get("layer_types"):
-        windowed = kinds.count("sliding_attention")
-    elif family == "gpt_oss":
-        windowed = len(range(0, layers, 2))
-    elif family == "qwen2_moe":
-        windowed = len(range(0, min(last, layers), 2))
-    elif family == "dots1":
-        windowed = len(range(last, layers))
-    else:
-        windowed = layers
-    return {"sliding_window": window, "windowed_layers": windowed} if windowed else {}
-
-
-def _attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:
-    """Return one layer's attention weights with its norms, as the families in transformers do."""
-    norms = 2 * hidden
-    if config.get("kv_lora_rank"):
-        return _latent_attention_parameters(config, hidden, heads) + norms
-    head_dim = config.get("head_dim") or hidden // heads
-    query = heads * head_dim
-    cached = (config.get("num_key_value_heads") or heads) * head_dim
-    family = config.get("model_type")
-    if family == "olmoe":
-        norms += query + cached
-    if family == "qwen3_moe":
-        norms += 2 * head_dim
-    biased = family == "qwen2_moe" and config.get("qkv_bias", True)
-    biases = query + 2 * cached if biased or config.get("attention_bias") else 0
-    return hidden * 2 * (query + cached) + biases + norms
-
-
-def _latent_attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:
-    """Return the weights of latent attention: down- and up-projections of queries and cache."""
-    rope, plain, value = (
-        config[key] for key in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    )
-    rank, query_rank = config["kv_lora_rank"], config.get("q_lora_rank")
-    out = heads * (plain + rope)
-    query = hidden * query_rank + query_rank + query_rank * out if query_rank else hidden * out
-    cache = hidden * (rank + rope) + rank + rank * heads * (plain + value)
-    return int(query + cache + heads * value * hidden)
 
 
 def _check_layers(layers: int, name: str) -> None:

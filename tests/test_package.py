@@ -55,6 +55,7 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 FLOORS = [
     {"errors", "formats", "files", "overrides", "revision"},
+    {"hf_config"},
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},

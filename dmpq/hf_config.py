@@ -1,0 +1,127 @@
+"""What a Hugging Face ``config.json`` says of a geometry, by the rules in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from dmpq.errors import InputError
+
+EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_KS: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
+EXPERT_WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+_WINDOW_UNUSED: Final = ("qwen2_moe", "qwen3_moe")
+"""Families whose configs name a window that they do not use unless told so."""
+
+DENSE_WIDTHS: Final = ("intermediate_size_mlp", "intermediate_size")
+
+
+def first_number(config: Mapping[str, Any], keys: Sequence[str], name: str) -> int:
+    """Return the number under the first of several keys that holds one.
+
+    Raises:
+        InputError: If none does, but for counts of experts: a dense model has 0.
+    """
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    if keys is EXPERT_COUNTS:
+        return 0
+    raise InputError(
+        f"The config of {name} gives no whole number for {' or '.join(keys)}; add one."
+    )
+
+
+def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
+    """Say whether a layer has experts, by the rules of the families in transformers."""
+    kinds = config.get("mlp_layer_types")
+    if kinds:
+        return bool(kinds[layer] == "sparse")
+    if config.get("moe_layers"):
+        return layer in config["moe_layers"]
+    frequency = config.get("moe_layer_freq", 1)
+    if isinstance(frequency, list):
+        return bool(frequency[layer])
+    return (
+        layer >= (config.get("first_k_dense_replace") or 0)
+        and layer not in (config.get("mlp_only_layers") or ())
+        and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+        and layer % (frequency or 1) == 0
+    )
+
+
+def shared_width(config: Mapping[str, Any], width: int) -> int:
+    """Return the summed width of the shared experts, ``width`` that of one; 0 for none."""
+    if config.get("model_type") == "llama4_text":
+        return width
+    count = config.get("n_shared_experts") or config.get("num_shared_experts") or 0
+    return int(config.get("shared_expert_intermediate_size") or count * width)
+
+
+def latent_width(config: Mapping[str, Any]) -> int:
+    """Return what latent attention (DeepSeek-V2, arXiv 2405.04434) caches; 0 for other kinds."""
+    rank = config.get("kv_lora_rank") or 0
+    return rank + config["qk_rope_head_dim"] if rank else 0
+
+
+def latent_dims(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the widths inside latent attention; none for other kinds."""
+    if not config.get("kv_lora_rank"):
+        return {}
+    rotated = config["qk_rope_head_dim"]
+    return {
+        "rotated_values": rotated,
+        "key_dim": config["qk_nope_head_dim"] + rotated,
+        "value_dim": config["v_head_dim"],
+    }
+
+
+def windows(config: Mapping[str, Any], layers: int) -> dict[str, int]:
+    """Return the sliding window and how many layers have it, by the rules in transformers."""
+    family, window = config.get("model_type"), config.get("sliding_window")
+    if not window or not config.get("use_sliding_window", family not in _WINDOW_UNUSED):
+        return {}
+    last = config.get("max_window_layers")
+    last = layers if last is None else last
+    if kinds := config.get("layer_types"):
+        windowed = kinds.count("sliding_attention")
+    elif family == "gpt_oss":
+        windowed = len(range(0, layers, 2))
+    elif family == "qwen2_moe":
+        windowed = len(range(0, min(last, layers), 2))
+    elif family == "dots1":
+        windowed = len(range(last, layers))
+    else:
+        windowed = layers
+    return {"sliding_window": window, "windowed_layers": windowed} if windowed else {}
+
+
+def attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    """Return one layer's attention weights with its norms, as the families in transformers do."""
+    norms = 2 * hidden
+    if config.get("kv_lora_rank"):
+        return _latent_attention_parameters(config, hidden, heads) + norms
+    head_dim = config.get("head_dim") or hidden // heads
+    query = heads * head_dim
+    cached = (config.get("num_key_value_heads") or heads) * head_dim
+    family = config.get("model_type")
+    if family == "olmoe":
+        norms += query + cached
+    if family == "qwen3_moe":
+        norms += 2 * head_dim
+    biased = family == "qwen2_moe" and config.get("qkv_bias", True)
+    biases = query + 2 * cached if biased or config.get("attention_bias") else 0
+    return hidden * 2 * (query + cached) + biases + norms
+
+
+def _latent_attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:
+    """Return the weights of latent attention: down- and up-projections of queries and cache."""
+    rope, plain, value = (
+        config[key] for key in ("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    )
+    rank, query_rank = config["kv_lora_rank"], config.get("q_lora_rank")
+    out = heads * (plain + rope)
+    query = hidden * query_rank + query_rank + query_rank * out if query_rank else hidden * out
+    cache = hidden * (rank + rope) + rank + rank * heads * (plain + value)
+    return int(query + cache + heads * value * hidden)

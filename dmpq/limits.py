@@ -260,10 +260,8 @@ def refuse_impossible(
         raise InputError(_below(single, given[single], smallest, words))
     limits = " and ".join(_limit(name, value, words) for name, value in given.items())
     needed = {name: least(name, projection) for name in given}
-    proven = not projection.priced or any(
-        _proven(name, math.inf, projection, num_weights, fixed_bytes) > value * (1 + _ROUNDING)
-        for name, value in given.items()
-    )
+    relaxation = projection.relaxation
+    proven = not projection.priced or (relaxation is not None and relaxation.impossible)
     start = f"No map {'meets' if proven else 'was found that meets'} {limits} together"
     changes = [_change(name, value, words) for name, value in needed.items() if value is not None]
     if changes:

@@ -344,9 +344,9 @@ class Projection:
     def cheapest(self) -> Ints:
         """Feasible maps among the cheapest of every set of formats, (K, D); K may be 0.
 
-        Where none is, the one that takes least of one limit and meets the others may be, and the
-        ones that exceed the limits least, those that the relaxation met among them, are made to
-        exceed them less.
+        Where none is and the relaxation does not disprove the limits, the one that takes least of
+        one limit and meets the others may be, and the ones that exceed the limits least are made
+        to exceed them less, those that the relaxation met last.
         """
         maps = self.cheap_maps
         if not len(maps):
@@ -354,23 +354,24 @@ class Projection:
         feasible = maps[self.feasible(maps)]
         if len(feasible):
             return feasible
+        if self.relaxation is not None and self.relaxation.impossible:
+            return feasible
         shares = sum(self.priced.values(), np.zeros(self.sizes.shape))
-        starts = maps[np.argsort(self._excess(maps), kind="stable")[:_STARTS]]
-        found = [descended(one, shares, self.groups, self._excess) for one in starts]
-        found += [one for one in map(self.least, self.priced) if one is not None]
-        maps = np.unique(np.array(found), axis=0)
-        feasible = maps[self.feasible(maps)]
-        if len(feasible) or self.relaxation is None:
-            return feasible
-        for name in (*self.names, *self.priced):
-            self.relaxation.least(name)
-        if not self.relaxation.met:
-            return feasible
-        maps = np.unique(np.array(self.relaxation.met), axis=0)
-        maps = maps[np.argsort(self._excess(maps), kind="stable")[: 4 * _STARTS]]
-        found = [descended(one, shares, self.groups, self._excess) for one in maps]
-        maps = np.unique(np.array(found), axis=0)
-        return maps[self.feasible(maps)]
+        met = [] if self.relaxation is None else self.relaxation.met
+        found = [one for one in map(self.least, self.priced) if one is not None]
+        for starts in (maps, np.array(met, np.int64).reshape(-1, maps.shape[1])):
+            nearest = np.unique(starts, axis=0)
+            if len(nearest):
+                order = np.argsort(self._excess(nearest), kind="stable")[:_STARTS]
+                nearest = nearest[order]
+            found += [descended(one, shares, self.groups, self._excess) for one in nearest]
+            if not found:
+                continue
+            tried = np.unique(np.array(found), axis=0)
+            feasible = tried[self.feasible(tried)]
+            if len(feasible):
+                break
+        return feasible
 
     @cached_property
     def cheap_maps(self) -> Ints:

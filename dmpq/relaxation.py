@@ -44,7 +44,7 @@ class _Unit:
 
     Attributes:
         decisions: (E,), which ones.
-        times: (E, P, B, M), as in :class:`~dmpq.hw_models.bounds.StepBound`.
+        times: (B, E, P, M), as in :class:`~dmpq.hw_models.bounds.StepBound`.
     """
 
     decisions: Ints
@@ -81,6 +81,12 @@ class Relaxation:
             cases = product(self._lines(name), *map(self._lines, others))
             self._known[name] = min(self._dual(target, rest, others) for target, *rest in cases)
         return self._known[name]
+
+    @property
+    def impossible(self) -> bool:
+        """Whether it is proven that no map meets all limits."""
+        names = (*self.exact, *self.priced)
+        return any(self.least(name) > self._limit(name) for name in names)
 
     def without(self, name: str) -> Relaxation:
         """Return the relaxation of the other limits; maps met go on being kept together."""
@@ -169,7 +175,7 @@ class Relaxation:
                 decisions, place = np.unique(own, return_inverse=True)
                 times = np.zeros((len(decisions), len(projections), *self.bound.times.shape[2:]))
                 np.add.at(times, place, self.bound.times[experts][:, projections])
-                units.append(_Unit(decisions, times))
+                units.append(_Unit(decisions, np.moveaxis(times, 2, 0).copy()))
         return units
 
     def _minimum(self, scale: float, linear: Floats) -> float:
@@ -192,38 +198,39 @@ class Relaxation:
         if not scale or not unit.times.any():
             return float(linear.min(1).sum()), linear.argmin(1)
         alike, sets = self.bound.alike, np.array(list(self._sets()))
-        allowed = sets[:, alike]  # (S, B)
-        projections = unit.times.shape[1]
-        launches = scale * projections * (sets * self.bound.launch_s).sum(1)
+        formats, experts, projections, _ = unit.times.shape
+        flat = unit.times.reshape(formats, experts, -1)
+        launch = self.bound.launch_s
+        launches = scale * projections * (sets * launch).sum(1)
         if len(sets) == 1:
-            launches = np.array([scale * projections * self.bound.launch_s.min()])
-        barred = np.where(allowed, 0.0, np.inf)[:, None, :] + linear
-        share = allowed / allowed.sum(1, keepdims=True)
-        merged = np.eye(len(alike))[alike]  # of formats into those that share launches
+            launches = np.array([scale * projections * launch.min()])
+        allowed = sets[:, alike].T  # (B, S)
+        costs = linear.T[:, None, :]  # (B, 1, E)
+        barred = np.where(allowed, 0.0, np.inf)[:, :, None] + costs
+        own = np.arange(formats)[:, None, None]
+        shared = alike == np.arange(formats)[:, None]  # (B, B), what shares a format's launches
 
         def summed(shares: Floats) -> Floats:
-            apart = np.einsum("seb,epbm->spbm", shares, unit.times)
-            found: Floats = np.einsum("spbm,bc->spcm", apart, merged)
-            return found
+            """Return the sums that shares (B, S, E) make, (B, S, P, M), alike formats together."""
+            sums: Floats = np.tensordot(shared.astype(float), shares @ flat, 1)
+            return sums.reshape(formats, len(sets), projections, -1)
 
-        sums = summed(np.broadcast_to(share[:, None], (len(sets), *linear.shape)))
+        even = (allowed / allowed.sum(0))[:, :, None]
+        sums = summed(np.broadcast_to(even, (formats, len(sets), experts)))
         best, met_value, met = np.full(len(sets), -np.inf), np.inf, linear.argmin(1)
-        work = len(sets) * unit.times.size * len(self._units)
-        steps = int(np.clip(_WORK / work, _LEAST, _STEPS))
-        for step in range(steps):
-            mean = _power_mean(sums)
-            dual = np.divide(sums, mean[..., None], out=np.zeros_like(sums), where=sums > 0) ** 3
-            price = scale * np.einsum("spbm,epbm->seb", dual[:, :, alike], unit.times)
-            price += barred
-            best = np.maximum(best, price.min(2).sum(1))
-            chosen = price.argmin(2)
-            vertex = np.zeros(price.shape)
-            np.put_along_axis(vertex, chosen[:, :, None], 1.0, axis=2)
+        work = len(sets) * flat.size * len(self._units)
+        for step in range(int(np.clip(_WORK / work, _LEAST, _STEPS))):
+            mean = _power_mean(sums)[..., None]
+            dual = np.divide(sums, mean, out=np.zeros_like(sums), where=sums > 0) ** 3
+            duals = dual.reshape(formats, len(sets), -1)[alike]
+            price = scale * (duals @ flat.transpose(0, 2, 1)) + barred
+            best = np.maximum(best, price.min(0).sum(1))
+            chosen = price.argmin(0)  # (S, E)
+            vertex = (chosen == own).astype(float)
             corner = summed(vertex)
-            values = (
-                scale * _power_mean(corner).sum((1, 2))
-                + np.take_along_axis(linear[None], chosen[:, :, None], axis=2).sum((1, 2))
-                + scale * ((corner > 0).any(3) * self.bound.launch_s).sum((1, 2))
+            values = (vertex * costs).sum((0, 2)) + scale * (
+                _power_mean(corner).sum((0, 2))
+                + ((corner > 0).any(3) * launch[:, None, None]).sum((0, 2))
             )
             if values.min() < met_value:
                 met_value, met = float(values.min()), chosen[values.argmin()]

@@ -355,3 +355,16 @@ def test_limits_that_one_map_alone_meets_are_met():
             except InputError:
                 refused += 1
     assert refused == 0
+
+
+def test_what_is_disproved_is_not_searched_for(monkeypatch):
+    """A search for what cannot be takes minutes on a large model."""
+    plain, _, taken = small()
+    limits = Constraints(latency_s=float(taken["latency_s"].min()) * 0.9, avg_bits=3.0)
+    problem = object.__new__(type(plain))
+    problem.__dict__.update(vars(plain) | {"constraints": limits})
+    for name in ("projection", "limits"):
+        problem.__dict__.pop(name, None)
+    monkeypatch.setattr("dmpq.projection.descended", lambda *_: pytest.fail("searched"))
+    assert problem.projection.relaxation.impossible
+    assert not problem.projection.possible

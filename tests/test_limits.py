@@ -360,11 +360,12 @@ def test_limits_that_one_map_alone_meets_are_met():
 def test_what_is_disproved_is_not_searched_for(monkeypatch):
     """A search for what cannot be takes minutes on a large model."""
     plain, _, taken = small()
-    limits = Constraints(latency_s=float(taken["latency_s"].min()) * 0.9, avg_bits=3.0)
-    problem = object.__new__(type(plain))
-    problem.__dict__.update(vars(plain) | {"constraints": limits})
-    for name in ("projection", "limits"):
-        problem.__dict__.pop(name, None)
+    limit = float(taken["latency_s"].min())
+    met = replace(plain, constraints=Constraints(latency_s=limit)).projection
+    relaxation = replace(met.relaxation, priced={"latency_s": 0.9 * limit}, _known={})
+    unmet = replace(met, usage=lambda maps: met.usage(maps) / 0.9, relaxation=relaxation)
     monkeypatch.setattr("dmpq.projection.descended", lambda *_: pytest.fail("searched"))
-    assert problem.projection.relaxation.impossible
-    assert not problem.projection.possible
+    assert met.possible
+    assert relaxation.impossible
+    assert not met.relaxation.impossible
+    assert not unmet.possible

@@ -1,6 +1,7 @@
 """Compare simulated accelerators with the analytical model of the same array.
 
     python benchmarks/systolic.py --write
+    python benchmarks/systolic.py --check    # says whether the page would change
 
 Prints, for OLMoE-1B-7B's experts and some numbers of tokens, the cycles that SCALE-Sim counts
 beside those of a roofline, and what a step's experts take under both models; ``--write`` puts the
@@ -10,6 +11,7 @@ tables into ``docs/accelerators.md``. Needs the extra ``dmpq[simulate]``.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -133,6 +135,8 @@ def analytical(facts: Accelerator) -> AnalyticalModel:
         for bits in sorted({*facts.weight_bits, 16})
     )
     stack = Stack("ideal", kernels, 1, 1.0, 1.0, 0.0, 0.0, 0.0, "ideal")
+    edge_w = facts.bandwidth_bytes_per_s * facts.dram_pj_per_byte * 1e-12
+    busy_w = facts.static_w + facts.peak_macs_per_s * facts.mac_pj * 1e-12 + edge_w
     figures = ("capacity_bytes", "bandwidth_bytes_per_s", "tdp_w", "idle_w")
     return AnalyticalModel(
         Device(
@@ -140,8 +144,8 @@ def analytical(facts: Accelerator) -> AnalyticalModel:
             description=facts.description,
             capacity_bytes=facts.capacity_bytes,
             bandwidth_bytes_per_s=facts.bandwidth_bytes_per_s,
-            tdp_w=1.0,
-            idle_w=0.0,
+            tdp_w=busy_w,
+            idle_w=facts.static_w,
             calibrated=False,
             stacks=(stack,),
             sources={},
@@ -209,11 +213,13 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    """Measure, print, and write where asked."""
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; write where asked; with ``--check`` 1 where the page would change."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help=f"rewrite docs/{DOCS.name}")
-    arguments = parser.parse_args()
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--write", action="store_true", help=f"rewrite docs/{DOCS.name}")
+    what.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args(argv)
     shipped = [shipped_accelerator(name) for name in list_accelerators()]
     ratios = [f"ratio at {key} bits" for key in KEYS]
     flows = [f"{flow} cycles" for flow in get_args(Dataflow)]
@@ -234,22 +240,26 @@ def main() -> None:
         print(part, end="\n\n")
     example = shipped[-1].name
     file = resources.files("dmpq.hw_models") / "accelerators" / f"{example}.json"
+    text = TEXT.format(
+        version=scale_sim_version(),
+        names="` or `--hw ".join(facts.name for facts in shipped),
+        example=example,
+        file=file.read_text("utf-8").strip(),
+        **parts,
+    )
+    if arguments.check:
+        changed = text != DOCS.read_text("utf-8")
+        print(f"would change: docs/{DOCS.name}" if changed else "no change")
+        return int(changed)
     if arguments.write:
-        text = TEXT.format(
-            version=scale_sim_version(),
-            names="` or `--hw ".join(facts.name for facts in shipped),
-            example=example,
-            file=file.read_text("utf-8").strip(),
-            **parts,
-        )
-        DOCS.parent.mkdir(exist_ok=True)
         DOCS.write_text(text, "utf-8")
         print(f"wrote docs/{DOCS.name}")
     array = ScaleSim(64, 64, "ws")
     mark = time.perf_counter()
     simulate_fold(array, Fold(64, 64, 16))
     print(f"one fold of a 64 x 64 array, 16 tokens: {time.perf_counter() - mark:.4f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

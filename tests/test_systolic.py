@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import math
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -291,6 +293,16 @@ def test_a_scale_sim_that_cannot_be_imported_is_named(monkeypatch):
     monkeypatch.setattr(scale_sim, "scale_sim_version", lambda: "2.0.2")
     with pytest.raises(InputError, match=r"SCALE-Sim 2\.0\.2 has no working scale_config"):
         ScaleSim(4, 4, "ws")(4, 4, 4)
+
+
+def test_the_page_on_accelerators_is_what_its_benchmark_prints(cache_folder):
+    pytest.importorskip("scalesim")
+    benchmark = Path(__file__).parents[1] / "benchmarks" / "systolic.py"
+    done = subprocess.run(
+        [sys.executable, benchmark, "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr
+    assert list(cache_folder.rglob("*.jsonl")), "nothing was simulated"
 
 
 def test_accelerators_load_by_name_and_by_path(monkeypatch):

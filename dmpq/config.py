@@ -57,6 +57,11 @@ class SearchConfig:
         "own (default: olmoe-1b-7b for the reference model, else own)",
     )
     profile: str | None = _option(None, "search on a saved profile, made by an earlier run")
+    signal: str = _option(
+        "sensitivity",
+        "what tells experts apart: every variant evaluated, or gradients of one pass over it all",
+        ("sensitivity", "gradient"),
+    )
     profile_tokens: int = _option(8192, "calibration tokens for the profile")
     search_tokens: int = _option(65536, "calibration tokens per evaluation")
     selection_tokens: int = _option(65536, "fresh calibration tokens for the final choice")

@@ -11,7 +11,7 @@ import os
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,8 @@ from dmpq.formats import Menu
 from dmpq.spec import ModelSpec
 
 Floats = NDArray[np.float64]
+
+Signal = Literal["sensitivity", "gradient"]
 
 SCHEMA: Final = "dmpq.profile/1"
 
@@ -61,6 +63,8 @@ class Profile:
         router_norm_change: (N,), its change since initialisation; NaN where unknown.
         uniform_kl: (B,), KL of every uniform map, nats per token.
         drawn: Which windows of its text it was measured on; ``None`` where unknown.
+        signal: Whether sensitivities were measured, one evaluation per variant, or are half the
+            proxy, and the uniform KLs their sums.
     """
 
     spec: ModelSpec
@@ -86,6 +90,7 @@ class Profile:
     router_norm_change: Floats
     uniform_kl: Floats
     drawn: Draw | None = None
+    signal: Signal = "sensitivity"
 
     def __post_init__(self) -> None:
         self._check_scalars()
@@ -111,6 +116,11 @@ class Profile:
         for name in ("text", "fingerprint"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"The profile's {name} is no text; measure the profile again.")
+        if self.signal not in get_args(Signal):
+            raise InputError(
+                f"The profile's signal is {str(self.signal)[:60]!r}, neither sensitivity nor "
+                "gradient; measure the profile again."
+            )
         for name in ("tokens", "full_nll", "cost_tokens"):
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -158,6 +168,7 @@ class Profile:
             "menu": list(self.menu.keys),
             "quantizer": self.menu.quantizer,
             "symmetric": self.menu.symmetric,
+            "signal": self.signal,
             **{name: getattr(self, name) for name in _SCALARS},
             **({} if self.drawn is None else {"drawn": asdict(self.drawn)}),
         }
@@ -195,6 +206,7 @@ class Profile:
                 ),
                 **{name: header[name] for name in _SCALARS},
                 drawn=_read_draw(header.get("drawn")),
+                signal=header.get("signal", "sensitivity"),
                 **arrays,
             )
         except InputError:

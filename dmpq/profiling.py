@@ -1,4 +1,10 @@
-"""Measuring a profile: one pass with gradients, then one evaluation per variant."""
+"""Measuring a profile: one pass with gradients, then one evaluation per variant.
+
+The second part is what costs: as many forwards as there are variants. Without it, sensitivities
+are half the squared product of output error and loss gradient, the KL's second-order term by the
+diagonal of the empirical Fisher matrix at the expert's output (GEMQ's cost, arXiv 2605.23078): one
+forward and backward pass, whatever the number of experts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +22,7 @@ from dmpq.bank import LayerBank
 from dmpq.data import Draw
 from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel, run_stacked
-from dmpq.profile import Profile
+from dmpq.profile import Profile, Signal
 
 BACKWARD_COST: Final = 2.0
 """FLOPs of a backward pass in those of a forward pass."""
@@ -59,6 +65,9 @@ class _Sums:
     contribution: NDArray[np.float64]
     output_error: NDArray[np.float64]
     proxy: NDArray[np.float64]
+    side_proxy: NDArray[np.float64] | None
+    nll: float = 0.0
+    predicted: int = 0
     tokens: int = 0
 
 
@@ -68,6 +77,7 @@ def measure_profile(
     text: str,
     drawn: Draw | None = None,
     projections: bool = False,
+    signal: Signal = "sensitivity",
     progress: Progress | None = None,
 ) -> Profile:
     """Profile every expert of the evaluator's model on the evaluator's text.
@@ -77,44 +87,104 @@ def measure_profile(
         text: What the text is, in words.
         drawn: Which windows of it the evaluator has; a search on the profile uses others.
         projections: Measure sensitivities of gate+up and down apart as well.
-        progress: Called with the number of variants measured, and of all variants.
+        signal: Measure each variant's KL, or take it from gradients.
+        progress: Called with the number of variants measured, and of all variants; with gradients,
+            of batches.
     """
-    bank, spec, menu = evaluator.bank, evaluator.bank.moe.spec, evaluator.bank.menu
-    experts, formats = spec.num_experts, len(menu)
-    sums = _gradient_pass(evaluator)
-    total = experts * formats * (3 if projections else 1)
-    counter = _Counter(progress, total)
+    gradient = signal == "gradient"
+    sums = _gradient_pass(
+        evaluator, apart=gradient and projections, progress=progress if gradient else None
+    )
+    found = (
+        _estimated(evaluator, sums)
+        if gradient
+        else _measured(evaluator, sums, projections=projections, progress=progress)
+    )
+    moe = evaluator.bank.moe
+    return Profile(
+        spec=moe.spec,
+        menu=evaluator.bank.menu,
+        tokens=evaluator.tokens,
+        text=text,
+        fingerprint=moe.fingerprint,
+        full_nll=found.full_nll,
+        cost_tokens=found.cost_tokens,
+        hits=sums.hits,
+        frequency=sums.hits / sums.tokens,
+        routing_weight=sums.routing_weight / sums.tokens,
+        contribution=sums.contribution / np.maximum(sums.hits, 1),
+        sensitivity=found.sensitivity,
+        projection_sensitivity=found.apart,
+        output_error=sums.output_error / sums.tokens,
+        proxy=sums.proxy / sums.tokens,
+        uniform_kl=found.uniform_kl,
+        drawn=drawn,
+        signal=signal,
+        **_weight_statistics(moe),
+        **_router_norms(moe),
+    )
+
+
+@dataclass(frozen=True)
+class _Signal:
+    """What tells variants apart, and what it cost; N experts, B formats."""
+
+    sensitivity: NDArray[np.float64]
+    apart: NDArray[np.float64] | None
+    uniform_kl: NDArray[np.float64]
+    full_nll: float
+    cost_tokens: float
+
+
+def _measured(
+    evaluator: ModelEvaluator, sums: _Sums, *, projections: bool, progress: Progress | None
+) -> _Signal:
+    """Evaluate every variant by itself."""
+    spec, formats = evaluator.bank.moe.spec, len(evaluator.bank.menu)
+    counter = _Counter(progress, spec.num_experts * formats * (3 if projections else 1))
     base = _widest(evaluator)
     sensitivity = _sensitivities(evaluator, base, [0, 1], counter)
     apart = None
     if projections:
         sides = [_sensitivities(evaluator, base, [side], counter) for side in (0, 1)]
         apart = np.stack(sides, axis=1)
-    uniform = np.arange(formats)[:, None].repeat(experts, 1)
+    uniform = np.arange(formats)[:, None].repeat(spec.num_experts, 1)
     uniform_kl = evaluator.evaluate(uniform).kl
-    # A gradient pass, and one more run of the experts per format for their output errors.
-    extra = evaluator.tokens * (1 + BACKWARD_COST + formats * expert_share(spec))
-    return Profile(
-        spec=spec,
-        menu=menu,
-        tokens=evaluator.tokens,
-        text=text,
-        fingerprint=bank.moe.fingerprint,
-        full_nll=evaluator.full_nll(),
-        cost_tokens=evaluator.tokens_spent + extra,
-        hits=sums.hits,
-        frequency=sums.hits / sums.tokens,
-        routing_weight=sums.routing_weight / sums.tokens,
-        contribution=sums.contribution / np.maximum(sums.hits, 1),
+    return _Signal(
         sensitivity=sensitivity,
-        projection_sensitivity=apart,
-        output_error=sums.output_error / sums.tokens,
-        proxy=sums.proxy / sums.tokens,
+        apart=apart,
         uniform_kl=uniform_kl,
-        drawn=drawn,
-        **_weight_statistics(bank.moe),
-        **_router_norms(bank.moe),
+        full_nll=evaluator.full_nll(),
+        cost_tokens=evaluator.tokens_spent + _gradient_cost(evaluator, sums),
     )
+
+
+def _estimated(evaluator: ModelEvaluator, sums: _Sums) -> _Signal:
+    """Take half the proxy of every variant: losses are then taken to add up."""
+    kl = sums.proxy / sums.tokens / 2
+    above = kl - kl[:, -1:]
+    apart = None
+    if sums.side_proxy is not None:
+        sides = sums.side_proxy / sums.tokens / 2
+        apart = sides - sides[:, :, -1:]
+    return _Signal(
+        sensitivity=above,
+        apart=apart,
+        uniform_kl=kl.sum(0),
+        full_nll=sums.nll / sums.predicted,
+        cost_tokens=_gradient_cost(evaluator, sums),
+    )
+
+
+def _gradient_cost(evaluator: ModelEvaluator, sums: _Sums) -> float:
+    """Return what the gradient pass took, in forwarded tokens.
+
+    Forward and backward, and one more run of the experts per format for their output errors; two
+    more where projections are told apart.
+    """
+    formats, share = len(evaluator.bank.menu), expert_share(evaluator.bank.moe.spec)
+    runs = formats * (1 if sums.side_proxy is None else 3)
+    return sums.tokens * (1 + BACKWARD_COST + runs * share)
 
 
 class _Counter:
@@ -150,8 +220,14 @@ def _sensitivities(
     return result
 
 
-def _gradient_pass(evaluator: ModelEvaluator) -> _Sums:
-    """Run the model forward and backward over the text, layer by layer collecting sums."""
+def _gradient_pass(evaluator: ModelEvaluator, *, apart: bool, progress: Progress | None) -> _Sums:
+    """Run the model forward and backward over the text, layer by layer collecting sums.
+
+    Args:
+        evaluator: Holds the bank and the text.
+        apart: Whether errors of gate+up alone and of down alone are wanted too.
+        progress: Called with the number of batches done, and of all.
+    """
     bank = evaluator.bank
     experts, formats = bank.moe.spec.num_experts, len(bank.menu)
     sums = _Sums(
@@ -160,7 +236,9 @@ def _gradient_pass(evaluator: ModelEvaluator) -> _Sums:
         contribution=np.zeros(experts),
         output_error=np.zeros((experts, formats)),
         proxy=np.zeros((experts, formats)),
+        side_proxy=np.zeros((experts, 2, formats)) if apart else None,
     )
+    counter = _Counter(progress, len(evaluator.id_batches))
     embed = bank.moe.model.get_input_embeddings()
     for ids in evaluator.id_batches:
         captures = [_Capture() for _ in bank.layers]
@@ -172,11 +250,14 @@ def _gradient_pass(evaluator: ModelEvaluator) -> _Sums:
             )
             torch.autograd.backward(loss)
         sums.tokens += ids.numel()
+        sums.nll += float(loss.detach())
+        sums.predicted += ids[:, 1:].numel()
         start = 0
         for layer, capture in zip(bank.layers, captures, strict=True):
             with torch.inference_mode():
                 _collect(sums, start, layer, capture)
             start += layer.experts.num_experts
+        counter()
     return sums
 
 
@@ -193,20 +274,35 @@ def _collect(sums: _Sums, start: int, layer: LayerBank, capture: _Capture) -> No
         slope = gradient[tokens]
         magnitude = (slope * weight[:, None]).abs().mean(-1)
         sums.contribution[row] += float(magnitude.double().sum())
-        exact = _one_expert(layer, expert, None, hidden[tokens], weight)
+        full = layer.variant(expert, None)
+        exact = _one_expert(layer, expert, full, hidden[tokens], weight)
         for fmt in range(len(layer.menu)):
             if layer.menu.formats[fmt].is_full:
                 continue
-            error = _one_expert(layer, expert, fmt, hidden[tokens], weight) - exact
+            up, down = layer.variant(expert, fmt)
+            error = _one_expert(layer, expert, (up, down), hidden[tokens], weight) - exact
             sums.output_error[row, fmt] += float(error.square().sum(dtype=torch.float64))
-            sums.proxy[row, fmt] += float((error * slope).square().sum(dtype=torch.float64))
+            sums.proxy[row, fmt] += _damage(error, slope)
+            if sums.side_proxy is not None:
+                for side, pair in enumerate(((up, full[1]), (full[0], down))):
+                    error = _one_expert(layer, expert, pair, hidden[tokens], weight) - exact
+                    sums.side_proxy[row, side, fmt] += _damage(error, slope)
+
+
+def _damage(error: torch.Tensor, slope: torch.Tensor) -> float:
+    """Return the summed squared product of output errors and loss gradients, both (T, H)."""
+    return float((error * slope).square().sum(dtype=torch.float64))
 
 
 def _one_expert(
-    layer: LayerBank, expert: int, fmt: int | None, hidden: torch.Tensor, weight: torch.Tensor
+    layer: LayerBank,
+    expert: int,
+    matrices: tuple[torch.Tensor, torch.Tensor],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Return one expert's weighted output, (T, H), in a format of the menu or as it is."""
-    up, down = layer.variant(expert, fmt)
+    """Return one expert's weighted output, (T, H), with such gate+up and down weights."""
+    up, down = matrices
     view = layer.experts.stacked(up[None], down[None], only=expert)
     index = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
     return run_stacked(view, hidden, index, weight[:, None])

@@ -186,15 +186,18 @@ class Session:
         return other
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a user should know of a saved profile's text, one sentence each."""
+        """Return what a user should know of the profile and its text, one sentence each."""
+        estimated = "sensitivities are estimated from gradients, not measured"
+        own = (estimated,) if self.config.signal == "gradient" else ()
         if self.config.profile is None:
-            return ()
+            return own
         drawn = self._saved_profile.drawn
         if drawn is None:
-            return ("the profile does not say what text it has seen; the search may use it again",)
+            text = "the profile does not say what text it has seen; the search may use it again"
+            return *own, text
         if drawn.stream != self.splits.drawn.stream:
-            return (f"the profile was measured on another text ({self._saved_profile.text})",)
-        return ()
+            return *own, f"the profile was measured on another text ({self._saved_profile.text})"
+        return own
 
     @cached_property
     def bank(self) -> Bank:
@@ -232,6 +235,7 @@ class Session:
             text=self.splits.source,
             drawn=self.splits.drawn,
             projections=self.config.serve == "projection",
+            signal=self.config.signal,  # type: ignore[arg-type]
             progress=lambda done, total: self.progress("profiling", done, total),
         )
 
@@ -245,6 +249,12 @@ class Session:
                 f"The profile {path} was measured on formats {','.join(profile.menu.keys)} "
                 f"({profile.menu.quantizer}), the search asks for {','.join(self.menu.keys)} "
                 f"({self.menu.quantizer}); give the same --bits and --quantizer."
+            )
+        if profile.signal != self.config.signal:
+            raise InputError(
+                f"The profile {path} has its sensitivities from {_SIGNALS[profile.signal]}, the "
+                f"search asks for {_SIGNALS[self.config.signal]}; give --signal {profile.signal}, "
+                "or leave --profile out."
             )
         if profile.fingerprint != self.moe.fingerprint:
             raise InputError(
@@ -305,6 +315,9 @@ class Session:
         else:
             self.problem(self._saved_profile)
         _ = self.splits
+
+
+_SIGNALS: Final = {"sensitivity": "evaluations", "gradient": "gradients"}
 
 
 def check_numbers(config: SearchConfig) -> None:

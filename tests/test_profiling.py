@@ -11,7 +11,7 @@ from torch.nn import functional
 from dmpq.bank import Bank
 from dmpq.evaluation import SurrogateEvaluator
 from dmpq.formats import Menu
-from dmpq.model_evaluator import ModelEvaluator
+from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel
 from dmpq.profile import Profile
 from dmpq.profiling import measure_profile
@@ -163,3 +163,86 @@ def test_an_expert_of_zeros_is_profiled_like_any_other(token_ids):
     profile = measure_profile(evaluator, text="random")
     assert (profile.sensitivity[0] == 0).all()
     assert (profile.kurtosis[0], profile.outlier_ratio[0]) == (0.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def estimated(tiny, token_ids):
+    evaluator = ModelEvaluator(
+        Bank(tiny(), MENU), token_ids.numpy(), label="profile", batch_tokens=64
+    )
+    profile = measure_profile(evaluator, text="random", projections=True, signal="gradient")
+    return evaluator, profile
+
+
+def test_gradients_estimate_sensitivities_in_one_pass(measured, estimated, token_ids):
+    _, exact = measured
+    evaluator, profile = estimated
+    assert profile.signal == "gradient"
+    assert exact.signal == "sensitivity"
+    assert evaluator.tokens_spent == 0, "no map is evaluated"
+    assert (profile.sensitivity == profile.proxy / 2).all()
+    assert profile.uniform_kl == pytest.approx(profile.sensitivity.sum(0))
+    assert profile.full_nll == pytest.approx(exact.full_nll, rel=1e-5)
+    share = expert_share(profile.spec)
+    assert profile.cost_tokens == token_ids.numel() * (3 + 9 * share)
+    for name in ("hits", "frequency", "routing_weight", "output_error", "proxy"):
+        assert getattr(profile, name) == pytest.approx(getattr(exact, name)), name
+
+
+def test_gradients_tell_projections_apart(estimated):
+    evaluator, profile = estimated
+    bank, expert = evaluator.bank, 3
+    layer, total = bank.layers[0], 0.0
+    moe = bank.moe
+    kept = []
+
+    def forward(module, hidden, index, weights):
+        up, down = layer.variant(expert, 0)[0], layer.variant(expert, None)[1]
+        error = []
+        for weight in (up, layer.variant(expert, None)[0]):
+            inner = module._apply_gate(functional.linear(hidden, weight))
+            error.append(functional.linear(inner, down))
+        share = torch.where(index == expert, weights, 0).sum(-1, keepdim=True)
+        output = grouped_mm_experts_forward(module, hidden, index, weights).requires_grad_()
+        kept.append((output, (error[0] - error[1]) * share))
+        return output
+
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    for ids in evaluator.id_batches:
+        forwards = [forward] + [grouped_mm_experts_forward] * (len(moe.containers) - 1)
+        with torch.enable_grad(), moe.experts_forward(forwards):
+            logits = moe.logits(ids)
+            functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            ).backward()
+        output, error = kept.pop()
+        total += float((output.grad * error.detach()).square().sum())
+    found = profile.projection_sensitivity[expert, 0, 0]
+    assert found > 0
+    assert found == pytest.approx(total / evaluator.tokens / 2, rel=1e-3)
+
+
+def test_estimates_without_full_precision_are_above_the_widest(tiny, token_ids):
+    evaluator = ModelEvaluator(
+        Bank(tiny(), Menu.parse("2g16,4g16")), token_ids.numpy(), label="narrow"
+    )
+    profile = measure_profile(evaluator, text="random", signal="gradient")
+    assert profile.sensitivity[:, 1].tolist() == [0.0] * 16
+    assert profile.sensitivity[:, 0] == pytest.approx(np.diff(profile.proxy[:, ::-1])[:, 0] / 2)
+    widest = np.full((1, 16), 1)
+    assert SurrogateEvaluator(profile).evaluate(widest).kl[0] == pytest.approx(
+        profile.proxy[:, 1].sum() / 2
+    )
+
+
+def test_progress_of_gradients_is_told_in_batches(tiny, token_ids):
+    evaluator = ModelEvaluator(
+        Bank(tiny(), MENU), token_ids.numpy(), label="profile", batch_tokens=64
+    )
+    seen = []
+    measure_profile(
+        evaluator, text="random", signal="gradient", progress=lambda *done: seen.append(done)
+    )
+    count = len(evaluator.id_batches)
+    assert seen == [(i + 1, count) for i in range(count)]

@@ -171,24 +171,30 @@ class Recorder:
         problem: What is searched.
         evaluations: Number of distinct maps that may be evaluated.
         on_candidate: Called with every new map.
+        finalists: Maps that are measured again on the selector's text.
 
     Raises:
         InputError: If no evaluation is allowed.
     """
 
     def __init__(
-        self, problem: Problem, *, evaluations: int, on_candidate: OnCandidate | None = None
+        self,
+        problem: Problem,
+        *,
+        evaluations: int,
+        on_candidate: OnCandidate | None = None,
+        finalists: int = FINALISTS,
     ) -> None:
         if evaluations < 1:
             raise InputError(f"A search with {evaluations} evaluations is none; allow 1 or more.")
         self._problem = problem
         self._allowed = evaluations
+        self._finalists = finalists
         self._on_candidate = on_candidate
         self._seen: set[bytes] = set()
         self._history: list[Candidate] = []
         self._nominated: list[bytes] = []
-        self._screened: set[tuple[bytes, float]] = set()
-        self._partial: dict[float, Problem] = {}
+        self._partly: dict[tuple[bytes | None, str], float] = {}
         self._tokens = 0.0
 
     @property
@@ -198,12 +204,15 @@ class Recorder:
 
     @property
     def remaining(self) -> int:
-        """Distinct maps that may still be evaluated; screened ones have taken their share."""
+        """Distinct maps that may still be evaluated; those screened have taken their share."""
+        return max(0, math.floor(round(self.left, 9)))
+
+    @property
+    def left(self) -> float:
+        """What may still be read, in whole evaluations."""
         if (affordable := self._affordable) is not None:
-            return max(0, math.floor(affordable))
-        # Shares such as a third add up to whole evaluations but for rounding.
-        screening = math.ceil(round(sum(share for _, share in self._screened), 9))
-        return self._allowed - len(self._history) - screening
+            return affordable
+        return self._allowed - len(self._history) - sum(self._partly.values())
 
     @property
     def _affordable(self) -> float | None:
@@ -211,7 +220,7 @@ class Recorder:
         problem = self._problem
         if problem.max_tokens is None or not (whole := problem.evaluator.tokens):
             return None
-        choice = 0 if problem.selector is None else (FINALISTS + 1) * problem.selector.tokens
+        choice = 0 if problem.selector is None else (self._finalists + 1) * problem.selector.tokens
         first = 0 if self._tokens else whole  # the full-precision forward
         return (problem.max_tokens - self._tokens - choice - first) / whole
 
@@ -246,22 +255,59 @@ class Recorder:
         Raises:
             OutOfEvaluations: If that is more than the evaluations left; none is screened.
         """
+        evaluator = _AtFidelity(self._problem.evaluator, fidelity)
+        name = f"fidelity {fidelity}"
+        return self._partly_scored(assignments, evaluator, name, share=fidelity).reward
+
+    def read(self, assignments: NDArray[np.integer], *, text: int) -> Scores:
+        """Return the scores of maps (K, D) on a further text.
+
+        They are no candidates and in no history. A map counts as the text's share of an evaluation
+        the first time, and so does full precision, to which it is compared.
+
+        Args:
+            assignments: (K, D), the maps.
+            text: Which of the problem's further texts.
+
+        Raises:
+            OutOfEvaluations: If that is more than the evaluations left; none is evaluated.
+        """
+        evaluator, name = self._problem.further[text], f"text {text}"
+        share = self.share(text)
+        return self._partly_scored(assignments, evaluator, name, share=share, full=True)
+
+    def share(self, text: int) -> float:
+        """Return what a map on a further text counts, in evaluations."""
+        whole = self._problem.evaluator.tokens
+        return self._problem.further[text].tokens / whole if whole else 1.0
+
+    def _partly_scored(
+        self,
+        assignments: NDArray[np.integer],
+        evaluator: Evaluator,
+        name: str,
+        *,
+        share: float,
+        full: bool = False,
+    ) -> Scores:
+        """Return the scores of maps (K, D) on other text than an evaluation's; count the new.
+
+        Args:
+            assignments: (K, D), the maps.
+            evaluator: On that text.
+            name: Of the text.
+            share: What a map counts there, in evaluations.
+            full: Whether full precision counts as a map.
+        """
         maps = np.asarray(assignments, np.int64)
-        before, affordable = self._screened, self._affordable
-        self._screened = before | {(row.tobytes(), fidelity) for row in maps}
-        if affordable is not None:
-            too_many = fidelity * len(self._screened - before) > affordable
-        else:
-            too_many = self.remaining < 0
-        if too_many:
-            self._screened = before
+        asked = [*((None, name) for _ in range(full)), *((row.tobytes(), name) for row in maps)]
+        new = {key: share for key in asked if key not in self._partly}
+        if new and round(self.left - sum(new.values()), 9) < 0:
             raise OutOfEvaluations
-        if fidelity not in self._partial:
-            evaluator = _AtFidelity(self._problem.evaluator, fidelity)
-            self._partial[fidelity] = replace(self._problem, evaluator=evaluator, selector=None)
-        scores = self._partial[fidelity].evaluate(maps)
+        self._partly |= new
+        scores = self._problem.evaluate(maps, evaluator)
         self._tokens += scores.tokens
-        return scores.reward
+        return scores
 
     def hold(self, assignment: NDArray[np.integer]) -> None:
         """Expect the next maps to be near this one (D,); see :meth:`Evaluator.hold`.
@@ -328,7 +374,7 @@ class Recorder:
         best = ranked[0]
         selector = self._problem.selector
         if selector is not None:
-            best = self._select(self._finalists(ranked, feasible[0]), selector)
+            best = self._select(self._chosen(ranked, feasible[0]), selector)
         scores = self._problem.evaluate(best.assignment[None])
         return SearchResult(
             assignment=best.assignment,
@@ -366,17 +412,16 @@ class Recorder:
         self._on_candidate = None  # a measurement would change the costs again
         self._record(found, scores, 0)
 
-    def _finalists(self, ranked: list[Candidate], first: Candidate) -> list[Candidate]:
+    def _chosen(self, ranked: list[Candidate], first: Candidate) -> list[Candidate]:
         by_key = {candidate.assignment.tobytes(): candidate for candidate in ranked}
         nominated = [by_key[key] for key in self._nominated if key in by_key]
-        chosen = [first, *nominated[-FINALISTS // 2 :], *ranked]
+        chosen = [first, *nominated[-(self._finalists // 2) :], *ranked]
         distinct = {candidate.evaluation: candidate for candidate in chosen}
-        return list(distinct.values())[:FINALISTS]
+        return list(distinct.values())[: self._finalists]
 
     def _select(self, finalists: list[Candidate], selector: Evaluator) -> Candidate:
         """Return the finalist of the best reward on the selector's text; of equals, the first."""
-        fresh = replace(self._problem, evaluator=selector, selector=None).evaluate(
-            np.array([candidate.assignment for candidate in finalists])
-        )
+        maps = np.array([candidate.assignment for candidate in finalists])
+        fresh = self._problem.evaluate(maps, selector)
         self._tokens += fresh.tokens
         return finalists[int(fresh.reward.argmax())]

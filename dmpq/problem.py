@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, overload
@@ -110,6 +111,8 @@ class Problem:
         serve: What shares one format.
         evaluator: Measures maps; ``None``, the default, for the profile's additive surrogate.
         selector: Measures finalists on fresh text, for the final choice.
+        further: Evaluators on further calibration text, for searches that would rather see new
+            text than the same again. Each may be read for as long as no other is.
         max_tokens: What evaluations and final choice may cost, in forwarded tokens; ``None`` to
             count evaluations instead.
 
@@ -126,6 +129,7 @@ class Problem:
     serve: Serve = "expert"
     evaluator: _EvaluatorField = _EvaluatorField()
     selector: Evaluator | None = None
+    further: Sequence[Evaluator] = ()
     max_tokens: float | None = None
 
     def __post_init__(self) -> None:
@@ -440,9 +444,14 @@ class Problem:
         """Return what maps (K, D) take of the limits on latency and energy, as shares, (K, P)."""
         return shares_taken(self.limits, self.costs(assignments))
 
-    def evaluate(self, assignments: Assignments) -> Scores:
-        """Return the true scores of maps (K, D)."""
-        return self._scores(self.evaluator, assignments)
+    def evaluate(self, assignments: Assignments, evaluator: Evaluator | None = None) -> Scores:
+        """Return the true scores of maps (K, D).
+
+        Args:
+            assignments: (K, D).
+            evaluator: Whose text to measure on; ``None`` for the problem's own.
+        """
+        return self._scores(self.evaluator if evaluator is None else evaluator, assignments)
 
     def surrogate(self, assignments: Assignments) -> Scores:
         """Return the scores of maps (K, D) by the profile's additive surrogate; free."""

@@ -105,6 +105,88 @@ def test_it_is_the_textbook_s_posterior_mean(problem):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_more_evaluations_than_decisions_are_the_textbook_s_too(problem, monkeypatch):
+    from dmpq.agents import importance_regression as module
+
+    maps, rng = drawn_maps(problem, 150), np.random.default_rng(2)
+    texts = np.repeat([0, 1, 2], 50)
+    design = problem.sensitivity[np.arange(64), maps]
+    missed = design @ rng.normal(0, 0.3, 64) + rng.normal(0, 1e-3, 150)
+    kl = design.sum(1) + missed
+    own, layer, noise = 0.2, 0.3, 0.1
+    layers = problem.spec.layer_of_expert[:, None] == np.arange(4)
+    prior = own**2 * np.eye(64) + layer**2 * (layers @ layers.T) + module._OVERALL_STD**2
+    # On one scale already, so that what is left to check is one intercept per text.
+    monkeypatch.setattr(module, "_on_one_scale", lambda kl, *_: kl)
+    for name, grid in {"_OWN_STDS": own, "_LAYER_STDS": layer, "_NOISE_SHARES": noise}.items():
+        monkeypatch.setattr(module, name, (grid,))
+    found = posterior_importance(problem, maps, kl, texts)
+    for text in range(3):
+        for values in (design, missed):
+            values[texts == text] -= values[texts == text].mean(0)
+    variance = (noise * np.sqrt(np.mean(missed**2))) ** 2
+    precision = design.T @ design / variance + np.linalg.inv(prior)
+    expected = 1 + np.linalg.solve(precision, design.T @ missed / variance)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_evidence_is_that_of_all_evaluations_however_few_decisions(problem, monkeypatch):
+    """The widths chosen by the reduced form are those of the whole one, written out."""
+    from dmpq.agents import importance_regression as module
+
+    maps, rng = drawn_maps(problem, 100), np.random.default_rng(3)
+    design = problem.sensitivity[np.arange(64), maps]
+    missed = design @ rng.normal(0, 0.2, 64) + rng.normal(0, 0.004, 100)
+    kl = design.sum(1) + missed
+    centred, rest = design - design.mean(0), missed - missed.mean()
+    layers = problem.spec.layer_of_expert[:, None] == np.arange(4)
+    spread = rest.std()
+
+    def evidence(own, layer, noise):
+        prior = own**2 * np.eye(64) + layer**2 * (layers @ layers.T) + module._OVERALL_STD**2
+        kernel = centred @ prior @ centred.T + (noise * spread) ** 2 * np.eye(100)
+        # Centring leaves one direction in which there is noise and no data.
+        logdet = np.linalg.slogdet(kernel)[1] - 2 * np.log(noise * spread)
+        return -rest @ np.linalg.solve(kernel, rest) - logdet
+
+    grid = [
+        (o, l, n)
+        for o in module._OWN_STDS
+        for l in module._LAYER_STDS
+        for n in module._NOISE_SHARES
+    ]
+    best = max(grid, key=lambda widths: evidence(*widths))
+    free = posterior_importance(problem, maps, kl)
+    for name, width in zip(("_OWN_STDS", "_LAYER_STDS", "_NOISE_SHARES"), best, strict=True):
+        monkeypatch.setattr(module, name, (width,))
+    np.testing.assert_allclose(posterior_importance(problem, maps, kl), free, rtol=1e-9)
+
+
+def test_texts_of_other_difficulty_say_the_same(problem):
+    truth = np.random.default_rng(1).lognormal(0, 0.4, 64)
+    maps = drawn_maps(problem, 240)
+    texts = np.repeat(np.arange(15), 16)
+    kl = (truth * problem.sensitivity[np.arange(64), maps]).sum(1)
+    harder = kl * np.random.default_rng(4).lognormal(0, 0.3, 15)[texts]
+    weight = problem.sensitivity[:, 0]
+    before = weight @ (1 - truth) ** 2
+    found = posterior_importance(problem, maps, harder, texts)
+    mixed = posterior_importance(problem, maps, harder)
+    scale = (truth * weight).sum() / (found * weight).sum()  # what all share is not told
+    assert weight @ (scale * found - truth) ** 2 < 0.1 * before
+    assert weight @ (mixed - truth) ** 2 > 0.5 * before
+
+
+def test_a_text_with_one_map_says_nothing(problem):
+    maps = drawn_maps(problem, 31)
+    kl = additive_kl(problem, maps, np.random.default_rng(1).lognormal(0, 0.4, 64))
+    texts = np.array([0] * 30 + [1])
+    kls = np.append(kl[:30], 0.05 + problem.sensitivity[np.arange(64), maps[30]].sum())
+    alone = posterior_importance(problem, maps[:30], kl[:30])
+    both = posterior_importance(problem, maps, kls, texts)
+    assert np.corrcoef(alone, both)[0, 1] > 0.99
+
+
 @pytest.mark.parametrize("serve", ["projection", "layer"])
 def test_every_granularity(serve):
     problem = make_problem(serve=serve, weights="acc=1")

@@ -150,9 +150,9 @@ def test_the_evidence_is_that_of_all_evaluations_however_few_decisions(problem, 
         return -rest @ np.linalg.solve(kernel, rest) - logdet
 
     grid = [
-        (o, l, n)
+        (o, s, n)
         for o in module._OWN_STDS
-        for l in module._LAYER_STDS
+        for s in module._LAYER_STDS
         for n in module._NOISE_SHARES
     ]
     best = max(grid, key=lambda widths: evidence(*widths))

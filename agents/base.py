@@ -39,6 +39,10 @@ class Candidate:
         effective_bits: Stored bits per expert weight.
         feasible: Whether every limit is met.
         evaluation: Its number, from 1.
+        text: The further text that it was evaluated on; ``None`` for the search's own. Scores on
+            other texts compare with those of that text alone.
+        spent: What the search had taken then, in evaluations.
+        tokens: What it had cost, in forwarded tokens.
     """
 
     assignment: NDArray[np.int64]
@@ -49,6 +53,9 @@ class Candidate:
     effective_bits: float
     feasible: bool
     evaluation: int
+    text: int | None = None
+    spent: float = 0.0
+    tokens: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +65,8 @@ class SearchResult:
     Attributes:
         assignment: The chosen map, (D,).
         scores: Its scores on the search's text, K = 1.
-        history: Every map evaluated, in order.
-        evaluations: Number of distinct maps evaluated.
+        history: Every map evaluated, in order; on the search's own text, or on a further one.
+        evaluations: Number of distinct maps evaluated on the search's own text.
         tokens: What the evaluations and the final choice cost, in forwarded tokens.
         policy: A policy that was learned on the way, if any.
     """
@@ -191,7 +198,7 @@ class Recorder:
         self._allowed = evaluations
         self._finalists = finalists
         self._on_candidate = on_candidate
-        self._seen: set[bytes] = set()
+        self._seen: set[tuple[bytes, int | None]] = set()
         self._history: list[Candidate] = []
         self._nominated: list[bytes] = []
         self._partly: dict[tuple[bytes | None, str], float] = {}
@@ -212,7 +219,17 @@ class Recorder:
         """What may still be read, in whole evaluations."""
         if (affordable := self._affordable) is not None:
             return affordable
-        return self._allowed - len(self._history) - sum(self._partly.values())
+        return self._allowed - self._spent
+
+    @property
+    def _spent(self) -> float:
+        """What was read, in whole evaluations."""
+        return len(self._own) + sum(self._partly.values())
+
+    @property
+    def _own(self) -> list[Candidate]:
+        """Maps evaluated on the search's own text."""
+        return [candidate for candidate in self._history if candidate.text is None]
 
     @property
     def _affordable(self) -> float | None:
@@ -231,15 +248,12 @@ class Recorder:
             OutOfEvaluations: If there are more new maps than evaluations left; none is evaluated.
         """
         maps = np.asarray(assignments, np.int64)
-        new = {key: i for i, key in reversed([*enumerate(row.tobytes() for row in maps)])}
-        new = {key: i for key, i in new.items() if key not in self._seen}
+        new = {row.tobytes() for row in maps if (row.tobytes(), None) not in self._seen}
         if len(new) > self.remaining:
             raise OutOfEvaluations
         scores = self._problem.evaluate(maps)
         self._tokens += scores.tokens
-        self._seen.update(new)
-        for i in sorted(new.values()):
-            self._record(maps[i].copy(), scores, i)
+        self._record_new(maps, scores)
         return scores
 
     def screen(self, assignments: NDArray[np.integer], *, fidelity: float) -> NDArray[np.float64]:
@@ -260,10 +274,11 @@ class Recorder:
         return self._partly_scored(assignments, evaluator, name, share=fidelity).reward
 
     def read(self, assignments: NDArray[np.integer], *, text: int) -> Scores:
-        """Return the scores of maps (K, D) on a further text.
+        """Return the scores of maps (K, D) on a further text, and record the new ones.
 
-        They are no candidates and in no history. A map counts as the text's share of an evaluation
-        the first time, and so does full precision, to which it is compared.
+        A map counts as the text's share of an evaluation the first time, and so does full
+        precision, to which it is compared. None of them can be the result: that is chosen among
+        maps evaluated on the search's own text.
 
         Args:
             assignments: (K, D), the maps.
@@ -274,7 +289,9 @@ class Recorder:
         """
         evaluator, name = self._problem.further[text], f"text {text}"
         share = self.share(text)
-        return self._partly_scored(assignments, evaluator, name, share=share, full=True)
+        scores = self._partly_scored(assignments, evaluator, name, share=share, full=True)
+        self._record_new(np.asarray(assignments, np.int64), scores, text)
+        return scores
 
     def share(self, text: int) -> float:
         """Return what a map on a further text counts, in evaluations."""
@@ -334,7 +351,18 @@ class Recorder:
         key = np.asarray(assignment, np.int64).tobytes()
         self._nominated = [*(other for other in self._nominated if other != key), key]
 
-    def _record(self, assignment: NDArray[np.int64], scores: Scores, i: int) -> None:
+    def _record_new(
+        self, maps: NDArray[np.int64], scores: Scores, text: int | None = None
+    ) -> None:
+        """Record those of some maps, (K, D), that were not evaluated on a text before."""
+        for i, row in enumerate(maps):
+            if (row.tobytes(), text) not in self._seen:
+                self._record(row.copy(), scores, i, text)
+
+    def _record(
+        self, assignment: NDArray[np.int64], scores: Scores, i: int, text: int | None = None
+    ) -> None:
+        self._seen.add((assignment.tobytes(), text))
         candidate = Candidate(
             assignment=assignment,
             reward=float(scores.reward[i]),
@@ -344,6 +372,9 @@ class Recorder:
             effective_bits=float(scores.effective_bits[i]),
             feasible=bool(scores.feasible[i]),
             evaluation=len(self._history) + 1,
+            text=text,
+            spent=self._spent + (text is None),
+            tokens=self._tokens,
         )
         self._history.append(candidate)
         if self._on_candidate is not None:
@@ -362,12 +393,12 @@ class Recorder:
         """
         if not self._problem.hardware.deterministic:
             self._price_again()
-            if not any(candidate.feasible for candidate in self._history):
+            if not any(candidate.feasible for candidate in self._own):
                 self._bring_within_limits()
-        feasible = [candidate for candidate in self._history if candidate.feasible]
+        feasible = [candidate for candidate in self._own if candidate.feasible]
         if not feasible:
             raise InputError(
-                f"The agent evaluated {len(self._history)} maps, none within the limits; let it "
+                f"The agent evaluated {len(self._own)} maps, none within the limits; let it "
                 "propose maps by problem.project() or problem.propose()."
             )
         ranked = sorted(feasible, key=lambda candidate: -candidate.reward)
@@ -380,20 +411,20 @@ class Recorder:
             assignment=best.assignment,
             scores=scores,
             history=self.history,
-            evaluations=len(self._history),
+            evaluations=len(self._own),
             tokens=self._tokens,
             policy=policy,
         )
 
     def _price_again(self) -> None:
-        """Score the history at today's costs: measurements may have changed them since."""
-        known = self._problem.evaluate(np.array([one.assignment for one in self._history]))
-        self._history = [
-            replace(one, reward=float(reward), feasible=bool(feasible))
-            for one, reward, feasible in zip(
-                self._history, known.reward, known.feasible, strict=True
-            )
-        ]
+        """Score what may be chosen at today's costs: measurements may have changed them since."""
+        own = self._own
+        known = self._problem.evaluate(np.array([one.assignment for one in own]))
+        today = {
+            one.evaluation: replace(one, reward=float(reward), feasible=bool(feasible))
+            for one, reward, feasible in zip(own, known.reward, known.feasible, strict=True)
+        }
+        self._history = [today.get(one.evaluation, one) for one in self._history]
 
     def _bring_within_limits(self) -> None:
         """Evaluate one map more: the best one, changed as little as today's costs ask for.
@@ -403,7 +434,7 @@ class Recorder:
         problem = self._problem
         if not problem.projection.possible:
             return
-        best = max(self._history, key=lambda candidate: candidate.reward)
+        best = max(self._own, key=lambda candidate: candidate.reward)
         values = problem.linear_values()
         values[np.arange(len(values)), best.assignment] -= np.ptp(values)
         found = problem.project(values)

@@ -100,7 +100,7 @@ class HardwareLoop:
     Attributes:
         model: What is corrected.
         whole: Measures.
-        every: One of how many new maps is measured.
+        every: For how many evaluations one map is measured.
         journal: Where what was measured is kept and looked up.
         progress: Called with a stage's name, steps done, and all steps.
     """
@@ -112,6 +112,7 @@ class HardwareLoop:
     progress: Progress | None = None
     _known: dict[str, WholeTiming] = field(default_factory=dict, repr=False)
     _used: set[str] = field(default_factory=set, repr=False)
+    _measured: int = field(default=0, repr=False)
 
     @classmethod
     def of(cls, session: Session, profile: Profile) -> HardwareLoop | None:
@@ -151,13 +152,15 @@ class HardwareLoop:
                 self.progress("measuring whole maps", done, len(first))
 
     def after(self, candidate: Candidate, problem: Problem) -> None:
-        """Measure the map of every K-th candidate, and correct the problem's costs by it.
+        """Measure a map for every K evaluations, and correct the problem's costs by it.
 
         Raises:
             InputError: If the corrected costs leave no map within the limits.
         """
-        if candidate.evaluation % self.every:
+        due = int((candidate.spent or candidate.evaluation) // self.every)
+        if due <= self._measured:
             return
+        self._measured = due
         self._observe(problem.expand(candidate.assignment[None])[0])
         for name in _PRICED:
             vars(problem).pop(name, None)

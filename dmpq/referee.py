@@ -370,9 +370,9 @@ class Group:
 
         def on_candidate(candidate: Candidate) -> None:
             nonlocal best
-            if candidate.feasible and candidate.reward > best:
+            if candidate.text is None and candidate.feasible and candidate.reward > best:
                 best = candidate.reward
-                curve.append((charged + problem.evaluator.tokens_spent, candidate.kl))
+                curve.append((charged + candidate.tokens, candidate.kl))
 
         started = time.monotonic()
         evaluations = 1 if entrant.larger else self.plan.factor * self._config.evaluations

@@ -200,11 +200,12 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
             history.write(_history_line(candidate, problem))
             history.flush()
             run.seen = candidate.evaluation
-            if candidate.feasible and (run.best is None or candidate.reward > run.best.reward):
-                run.best = candidate
+            if candidate.text is None and candidate.feasible:
+                if run.best is None or candidate.reward > run.best.reward:
+                    run.best = candidate
             best = math.nan if run.best is None else run.best.kl
-            stage = f"searching, best KL {best:.5f}"
-            run.session.progress(stage, candidate.evaluation, evaluations)
+            spent = int(candidate.spent or candidate.evaluation)
+            run.session.progress(f"searching, best KL {best:.5f}", spent, evaluations)
             if run.loop is not None:
                 run.loop.after(candidate, problem)
 
@@ -227,7 +228,8 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
 def _history_line(candidate: Candidate, problem: Problem) -> str:
     facts = vars(candidate) | {"assignment": [problem.menu.keys[i] for i in candidate.assignment]}
     names = ("evaluation", "reward", "kl", "nll", "router_shift", "effective_bits", "assignment")
-    return json.dumps({name: facts[name] for name in names}) + "\n"
+    text = {} if candidate.text is None else {"text": candidate.text}
+    return json.dumps({name: facts[name] for name in names} | text) + "\n"
 
 
 def _keep_best(run: _Run, problem: Problem) -> None:

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -178,6 +179,8 @@ class Recorder:
         problem: What is searched.
         evaluations: Number of distinct maps that may be evaluated.
         on_candidate: Called with every new map.
+
+    Attributes:
         finalists: Maps that are measured again on the selector's text.
 
     Raises:
@@ -190,13 +193,12 @@ class Recorder:
         *,
         evaluations: int,
         on_candidate: OnCandidate | None = None,
-        finalists: int = FINALISTS,
     ) -> None:
         if evaluations < 1:
             raise InputError(f"A search with {evaluations} evaluations is none; allow 1 or more.")
         self._problem = problem
         self._allowed = evaluations
-        self._finalists = finalists
+        self.finalists = FINALISTS
         self._on_candidate = on_candidate
         self._seen: set[tuple[bytes, int | None]] = set()
         self._history: list[Candidate] = []
@@ -237,7 +239,7 @@ class Recorder:
         problem = self._problem
         if problem.max_tokens is None or not (whole := problem.evaluator.tokens):
             return None
-        choice = 0 if problem.selector is None else (self._finalists + 1) * problem.selector.tokens
+        choice = 0 if problem.selector is None else (self.finalists + 1) * problem.selector.tokens
         first = 0 if self._tokens else whole  # the full-precision forward
         return (problem.max_tokens - self._tokens - choice - first) / whole
 
@@ -288,15 +290,20 @@ class Recorder:
             OutOfEvaluations: If that is more than the evaluations left; none is evaluated.
         """
         evaluator, name = self._problem.further[text], f"text {text}"
-        share = self.share(text)
+        share = self._share_of(evaluator)
         scores = self._partly_scored(assignments, evaluator, name, share=share, full=True)
         self._record_new(np.asarray(assignments, np.int64), scores, text)
         return scores
 
-    def share(self, text: int) -> float:
-        """Return what a map on a further text counts, in evaluations."""
+    @cached_property
+    def further_share(self) -> float:
+        """What a map on a further text counts, in evaluations; 1 where there is no such text."""
+        further = self._problem.further
+        return self._share_of(further[0]) if further else 1.0
+
+    def _share_of(self, evaluator: Evaluator) -> float:
         whole = self._problem.evaluator.tokens
-        return self._problem.further[text].tokens / whole if whole else 1.0
+        return evaluator.tokens / whole if whole else 1.0
 
     def _partly_scored(
         self,
@@ -446,9 +453,9 @@ class Recorder:
     def _chosen(self, ranked: list[Candidate], first: Candidate) -> list[Candidate]:
         by_key = {candidate.assignment.tobytes(): candidate for candidate in ranked}
         nominated = [by_key[key] for key in self._nominated if key in by_key]
-        chosen = [first, *nominated[-(self._finalists // 2) :], *ranked]
+        chosen = [first, *nominated[-(self.finalists // 2) :], *ranked]
         distinct = {candidate.evaluation: candidate for candidate in chosen}
-        return list(distinct.values())[: self._finalists]
+        return list(distinct.values())[: self.finalists]
 
     def _select(self, finalists: list[Candidate], selector: Evaluator) -> Candidate:
         """Return the finalist of the best reward on the selector's text; of equals, the first."""

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 
 from dmpq.agents.base import Recorder
-from dmpq.agents.importance_regression import posterior_importance
+from dmpq.agents.importance_regression import ImportanceRegression
 from dmpq.agents.neighbours import neighbours
 from dmpq.agents.networks import ImportancePolicy
-from dmpq.problem import Problem
+from dmpq.problem import Problem, Scores
+
+UPDATES_PER_TEXT: Final = 2
+"""Updates that read one piece of further text, whose full-precision forward they share."""
+
+_FINALISTS: Final = 2
+"""Where further text is read: the knapsack's map and what the policy came to believe."""
+
+_LEAST_TEXTS: Final = 3
+"""Pieces of further text below which the search's own is read instead."""
 
 
 class ExpertIteration(BaseCallback):
@@ -20,9 +31,16 @@ class ExpertIteration(BaseCallback):
     Expert iteration (Anthony et al., arXiv 1705.08439): the planner is the exact knapsack on the
     importances that all evaluations so far speak for, the apprentice is the policy, and its
     samples are the evaluations from which the planner learns. PPO's own gradient, of a few
-    samples, is mostly noise near the knapsack's optimum; the regression reads all of them. It
-    begins with probes, single steps from the knapsack's map: they tell what each decision in doubt
-    is worth with all others as they are, and resume from that map's forward.
+    samples, is mostly noise near the knapsack's optimum; the regression reads all of them.
+
+    Where the problem has further text, maps are read on one piece after another, a few updates
+    each: a map's loss on one text is mostly that text's, and what many texts say of a decision is
+    what holds on the next. The policy's last mean is then evaluated on the search's own text, and
+    competes with the knapsack's map for the selection.
+
+    Without further text, or with too few evaluations for it, all maps are evaluated on the
+    search's text. It begins with probes, single steps from the knapsack's map: they tell what each
+    decision in doubt is worth with all others as they are, and resume from that map's forward.
 
     Args:
         problem: What is searched.
@@ -34,6 +52,7 @@ class ExpertIteration(BaseCallback):
         std_decay: Factor on ``std`` after every update.
         imitation: Optimizer steps of imitation per update; 0 leaves the policy to PPO.
         probes: Neighbours of the knapsack's map that are measured before the first sample.
+        further: Whether further text is read.
     """
 
     def __init__(
@@ -48,6 +67,7 @@ class ExpertIteration(BaseCallback):
         std_decay: float,
         imitation: int,
         probes: int,
+        further: bool,
     ) -> None:
         super().__init__()
         self._problem = problem
@@ -59,26 +79,75 @@ class ExpertIteration(BaseCallback):
         self._std_decay = std_decay
         self._imitation = imitation
         self._probes = probes
+        self._regression = ImportanceRegression(problem)
+        self._text: int | None = None
+        self._share = recorder.further_share
+        texts = recorder.left / (self._per_text * self._share)
+        self._reading = further and bool(problem.further) and texts >= _LEAST_TEXTS
+        if self._reading:
+            recorder.finalists = _FINALISTS
+
+    @property
+    def maps(self) -> int:
+        """Maps that the search's budget pays for, on whatever text they are read."""
+        return int(self._recorder.left / (self._share if self._reading else 1.0))
+
+    def score(self, assignments: NDArray[np.integer]) -> Scores:
+        """Return the scores of maps, (K, D), on the text of this update."""
+        if self._text is None:
+            return self._recorder.evaluate(assignments)
+        return self._recorder.read(assignments, text=self._text)
+
+    @property
+    def _per_text(self) -> int:
+        """Maps read on a piece of text: full precision, and each update's mean and samples."""
+        return 1 + UPDATES_PER_TEXT * (self._samples + 1)
 
     def _on_rollout_start(self) -> None:
         policy = self.model.policy
         assert isinstance(policy, ImportancePolicy)
         update = self.num_timesteps // self._samples
-        if not update:
+        if self._reading:
+            self._text = update // UPDATES_PER_TEXT % len(self._problem.further)
+        elif not update:
             self._probe()
-        if len(self._recorder.history) > 1 and self._imitation:
-            batch = th.as_tensor(self._observation)[None]
-            policy.imitate(batch, th.as_tensor(self._target_action())[None], steps=self._imitation)
-        policy.set_std(self._std * self._std_decay**update)
-        # One evaluation stays for the sample that follows.
-        if self._recorder.remaining > 1:
-            action, _ = policy.predict(self._observation, deterministic=True)
-            mean = self._problem.propose(self._log_scale * action.astype(np.float64))
+        self._imitate(policy)
+        # What a wide sample says of importances is read as well as what a narrow one does.
+        policy.set_std(self._std * (1.0 if self._reading else self._std_decay**update))
+        mean = self._mean(policy)
+        if self._reading:
+            self.score(mean[None])
+        elif self._recorder.remaining > 1:  # one evaluation stays for the sample that follows
             self._recorder.evaluate(mean[None])
             self._recorder.nominate(mean)
 
     def _on_step(self) -> bool:
-        return self._recorder.remaining > 0
+        if not self._reading:
+            return self._recorder.remaining > 0
+        update = self._samples + 2  # full precision, where it begins a text, and the mean
+        done = self.num_timesteps % self._samples == 0
+        return not done or self._recorder.left >= 1 + update * self._share
+
+    def _on_training_end(self) -> None:
+        """Evaluate the last mean on the search's own text."""
+        if self._reading:
+            policy = self.model.policy
+            assert isinstance(policy, ImportancePolicy)
+            self._imitate(policy)
+            mean = self._mean(policy)
+            self._recorder.evaluate(mean[None])
+            self._recorder.nominate(mean)
+
+    def _imitate(self, policy: ImportancePolicy) -> None:
+        """Move the policy's mean to the importances that all evaluations speak for."""
+        if len(self._recorder.history) > 1 and self._imitation:
+            batch = th.as_tensor(self._observation)[None]
+            policy.imitate(batch, th.as_tensor(self._target_action())[None], steps=self._imitation)
+
+    def _mean(self, policy: ImportancePolicy) -> NDArray[np.int64]:
+        """Return the map that the policy's mean stands for, (D,)."""
+        action, _ = policy.predict(self._observation, deterministic=True)
+        return self._problem.propose(self._log_scale * action.astype(np.float64))
 
     def _probe(self) -> None:
         """Measure the knapsack's neighbours, those in doubt first."""
@@ -91,10 +160,10 @@ class ExpertIteration(BaseCallback):
     def _target_action(self) -> NDArray[np.float32]:
         """Return the action that the evaluations speak for, (D,)."""
         history = self._recorder.history
-        importance = posterior_importance(
-            self._problem,
+        importance = self._regression.posterior(
             np.array([candidate.assignment for candidate in history]),
             np.array([candidate.kl for candidate in history]),
+            np.array([-1 if candidate.text is None else candidate.text for candidate in history]),
         )
         log_importance = np.log(np.maximum(importance, np.exp(-self._log_scale)))
         action: NDArray[np.float32] = np.clip(log_importance / self._log_scale, -1, 1)

@@ -44,7 +44,7 @@ class PPOAgent:
         learning_rate: Adam's step in PPO's updates. With 0 here, no ``imitation`` and no
             ``probe_share``, the search is the best of random perturbations of the knapsack.
         std: Standard deviation of the samples at the start, in log-importance.
-        std_decay: Factor on ``std`` after every update.
+        std_decay: Factor on ``std`` after every update, where no further text is read.
         samples: Samples per update; even.
         epochs: Passes over the samples per update; 0 leaves the policy to the imitation.
         clip_range: How far PPO lets the likelihood ratio of a sample move in one update.
@@ -55,6 +55,10 @@ class PPOAgent:
         log_scale: Largest absolute log-importance.
         imitation: Optimizer steps per update that move the mean to the importances which all
             evaluations so far speak for (:mod:`dmpq.agents.expert_iteration`); 0 for none.
+        imitation_rate: Learning rate of the imitation.
+        probe_share: Share of the evaluations that are single steps from the knapsack's map, where
+            no further text is read.
+        further: Whether maps are read on the problem's further text, where it has some.
     """
 
     name: ClassVar[str] = "ppo"
@@ -75,6 +79,7 @@ class PPOAgent:
     imitation: int = 100
     imitation_rate: float = 3e-3
     probe_share: float = 0.6
+    further: bool = True
 
     def __post_init__(self) -> None:
         for name, least in _WHOLE.items():
@@ -100,10 +105,10 @@ class PPOAgent:
     def control(self) -> PPOAgent:
         """Return the same agent at learning rate 0, which no evaluation teaches anything.
 
-        It takes the best of as many random perturbations of the knapsack's map: what is left of a
-        result after subtracting it has been learned.
+        It takes the best of as many random perturbations of the knapsack's map, all on one text so
+        that they compare: what is left of a result after subtracting it has been learned.
         """
-        return replace(self, learning_rate=0.0, imitation=0, probe_share=0.0)
+        return replace(self, learning_rate=0.0, imitation=0, probe_share=0.0, further=False)
 
     def search(
         self,
@@ -140,7 +145,7 @@ class PPOAgent:
             """Scores maps through the recorder, which counts them."""
 
             def score(self, assignments: NDArray[np.integer]) -> Scores:
-                return recorder.evaluate(assignments)
+                return between.score(assignments)
 
         env = Recorded(problem=problem, log_scale=self.log_scale)
         observation, _ = env.reset()
@@ -152,6 +157,18 @@ class PPOAgent:
             def train(self) -> None:
                 pass
 
+        between = ExpertIteration(
+            problem,
+            recorder,
+            observation,
+            log_scale=self.log_scale,
+            samples=self.samples,
+            std=self.std,
+            std_decay=self.std_decay,
+            imitation=self.imitation,
+            probes=int(self.probe_share * recorder.remaining),
+            further=self.further,
+        )
         with generators_left_alone():
             model = (PPO if self.epochs else Imitator)(
                 ImportancePolicy,
@@ -179,19 +196,8 @@ class PPOAgent:
                 },
             )
             policy = cast(ImportancePolicy, model.policy)
-            between = ExpertIteration(
-                problem,
-                recorder,
-                observation,
-                log_scale=self.log_scale,
-                samples=self.samples,
-                std=self.std,
-                std_decay=self.std_decay,
-                imitation=self.imitation,
-                probes=int(self.probe_share * recorder.remaining),
-            )
             if recorder.remaining:
-                model.learn(_SAMPLES_PER_EVALUATION * recorder.remaining, callback=between)
+                model.learn(_SAMPLES_PER_EVALUATION * between.maps, callback=between)
         return policy
 
     def _policy(self, problem: Problem, learned: ImportancePolicy, *, seed: int) -> Policy:

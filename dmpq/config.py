@@ -65,6 +65,9 @@ class SearchConfig:
     profile_tokens: int = _option(8192, "calibration tokens for the profile")
     search_tokens: int = _option(65536, "calibration tokens per evaluation")
     selection_tokens: int = _option(65536, "fresh calibration tokens for the final choice")
+    further_tokens: int = _option(
+        524288, "more calibration tokens, which ppo reads by and by (or as many as there are)"
+    )
     heldout_tokens: int = _option(65536, "held-out tokens for the report")
     sequence_length: int | None = _option(
         None, "tokens per window (default: the model's, <= 2048)"

@@ -29,12 +29,16 @@ _BLOCK: Final = 1 << 16
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """How many tokens each role needs; ``0`` for a role that is not used."""
+    """How many tokens each role needs; ``0`` for a role that is not used.
+
+    Of ``further`` calibration text there may be less: what the other roles leave.
+    """
 
     profile: int
     search: int
     selection: int
     heldout: int
+    further: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Splits:
         profile: For the experts' statistics and sensitivities.
         search: For the search's evaluations.
         selection: Fresh calibration text for the final choice among candidates.
+        further: Further calibration text, for searches that read more than the search's.
         heldout: For what is reported; its documents serve no other role.
         source: What the text is, in words.
         drawn: The windows of ``profile``.
@@ -84,6 +89,7 @@ class Splits:
     profile: Windows
     search: Windows
     selection: Windows
+    further: Windows
     heldout: Windows
     source: str
     drawn: Draw
@@ -129,15 +135,17 @@ def load_splits(
     needed = sum(counts)
     if len(order) < needed:
         raise _too_short(dataset, "calibration", len(order), needed, length)
-    order = rng.permutation(evenly(order, owners, needed))
+    drawn_evenly = evenly(order, owners, needed + -(-tokens.further // length))
+    order = rng.permutation(drawn_evenly[:needed])
     profile, search, selection = np.split(pool[order], np.cumsum(counts)[:2])
+    further = pool[rng.permutation(drawn_evenly[needed:])]
     wanted = -(-tokens.heldout // length)
     rest, owners, _ = _windows(heldout, tokenizer, length)
     if len(rest) < wanted:
         raise _too_short(dataset, "held-out", len(rest), wanted, length)
     spread = np.sort(evenly(np.random.default_rng(0).permutation(len(rest)), owners, wanted))
     drawn = Draw(stream, length, tuple(sorted(order[: counts[0]].tolist())))
-    return Splits(profile, search, selection, rest[spread], source, drawn)
+    return Splits(profile, search, selection, further, rest[spread], source, drawn)
 
 
 def evenly(order: NDArray[np.int64], owners: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -348,6 +348,7 @@ class Group:
             profile,
             evaluator=self._evaluator("search", batches=_BATCHES),
             selector=None if entrant.larger else self._evaluator("selection"),
+            further=() if entrant.larger else self.session.further(),
         )
         charged = profile.cost_tokens if entrant.profiled else 0.0
         return replace(self._within(contest, problem), max_tokens=self.allowed - charged)

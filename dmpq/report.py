@@ -165,13 +165,14 @@ def plane(
 
     Args:
         problem: Says what a map costs.
-        history: Every evaluated map.
+        history: Every evaluated map; those on the search's own text are drawn.
         named: Maps to label, where the history has them.
     """
     from matplotlib.figure import Figure
 
-    maps = np.array([c.assignment for c in history])
-    kl = np.array([c.kl for c in history])
+    own = [c for c in history if c.text is None]
+    maps = np.array([c.assignment for c in own])
+    kl = np.array([c.kl for c in own])
     latency = problem.costs(maps).latency_s * 1e6
     bits = problem.effective_bits(maps)
     places = {name: np.flatnonzero((maps == one).all(1)) for name, one in named.items()}

@@ -167,6 +167,7 @@ def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
             profile,
             evaluator=session.evaluator("search"),
             selector=session.evaluator("selection"),
+            further=session.further(),
         )
         for note in problem.notes:
             run.console.print(f"  note      {note}")
@@ -200,9 +201,9 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
             history.write(_history_line(candidate, problem))
             history.flush()
             run.seen = candidate.evaluation
-            if candidate.text is None and candidate.feasible:
-                if run.best is None or candidate.reward > run.best.reward:
-                    run.best = candidate
+            may_be_chosen = candidate.text is None and candidate.feasible
+            if may_be_chosen and (run.best is None or candidate.reward > run.best.reward):
+                run.best = candidate
             best = math.nan if run.best is None else run.best.kl
             spent = int(candidate.spent or candidate.evaluation)
             run.session.progress(f"searching, best KL {best:.5f}", spent, evaluations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
@@ -36,6 +36,7 @@ _LEAST_AND_MOST: Final[Mapping[str, tuple[int, int]]] = {
     "profile_tokens": (1, 10**12),
     "search_tokens": (1, 10**12),
     "selection_tokens": (1, 10**12),
+    "further_tokens": (0, 10**12),
     "heldout_tokens": (1, 10**12),
     "sequence_length": (2, 10**9),
     "threads": (1, 1024),
@@ -156,6 +157,7 @@ class Session:
             c.search_tokens,
             c.selection_tokens,
             c.heldout_tokens,
+            c.further_tokens,
         )
         splits = load_splits(
             c.dataset,
@@ -165,7 +167,13 @@ class Session:
             seed=c.seed,
             taken=None if saved is None else saved.drawn,
         )
-        roles = (splits.profile, splits.search, splits.selection, splits.heldout)
+        roles = (
+            splits.profile,
+            splits.search,
+            splits.selection,
+            splits.further,
+            splits.heldout,
+        )
         largest = max(int(role.max()) for role in roles if role.size)
         known = moe.model.get_input_embeddings().weight.shape[0]
         if largest >= known:
@@ -218,6 +226,12 @@ class Session:
 
         windows = getattr(self.splits, split)
         return ModelEvaluator(self.bank, windows, label=split, journal=self.journal)
+
+    def further(self) -> Sequence[Evaluator]:
+        """Return evaluators on pieces of the further text; none where there is no whole piece."""
+        from dmpq.further_text import FurtherText
+
+        return FurtherText(self.bank, self.splits.further, journal=self.journal)
 
     def cost_spec(self, spec: ModelSpec) -> ModelSpec:
         """Return the geometry that costs are computed with."""
@@ -274,6 +288,7 @@ class Session:
         *,
         evaluator: Evaluator | None = None,
         selector: Evaluator | None = None,
+        further: Sequence[Evaluator] = (),
     ) -> Problem:
         """Return the problem of this configuration on a profile.
 
@@ -281,6 +296,7 @@ class Session:
             profile: The experts' statistics.
             evaluator: Measures bit maps; ``None`` for the profile's additive surrogate.
             selector: Measures the finalists on fresh text.
+            further: Measure bit maps on further text.
 
         Raises:
             InputError: If a limit is infeasible.
@@ -296,6 +312,7 @@ class Session:
             constraints=self.constraints,
             serve=c.serve,  # type: ignore[arg-type]
             selector=selector,
+            further=further,
             **measured,
         )
 

@@ -105,7 +105,9 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
     check_numbers(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    session = Session(replace(config, profile_tokens=0, search_tokens=0, selection_tokens=0))
+    session = Session(
+        replace(config, profile_tokens=0, search_tokens=0, selection_tokens=0, further_tokens=0)
+    )
     _ = session.hardware, session.workload
     if session.moe.fingerprint != bitmap.model["fingerprint"]:
         raise InputError(

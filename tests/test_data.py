@@ -37,6 +37,30 @@ def test_roles_are_disjoint_and_of_the_size_asked_for(tokenizer):
     assert len(set().union(*map(rows, roles))) == sum(len(rows(r)) for r in roles)
 
 
+def test_further_text_changes_no_other_draw_and_is_apart_from_all(tokenizer):
+    more = dataclasses.replace(SMALL, further=1024)
+    without, splits = (
+        load_splits("embedded", tokenizer, length=64, tokens=tokens, seed=3)
+        for tokens in (SMALL, more)
+    )
+    assert without.further.size == 0
+    assert splits.further.size == 1024
+    for role in ("profile", "search", "selection", "heldout"):
+        np.testing.assert_array_equal(getattr(splits, role), getattr(without, role))
+        assert not rows(splits.further) & rows(getattr(splits, role))
+
+
+def test_there_may_be_less_further_text_than_was_asked_for(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(800)))
+    more = dataclasses.replace(SMALL, further=10**9)
+    splits = load_splits(str(path), tokenizer, length=64, tokens=more, seed=0)
+    roles = (splits.profile, splits.search, splits.selection, splits.further)
+    whole = sum(len(f"line {i}\n") for i in range(800)) * 4 // 5
+    assert sum(role.size for role in roles) == whole // 64 * 64
+    assert splits.further.size > 1024
+
+
 def test_held_out_windows_come_from_held_out_modules(tokenizer):
     splits = load_splits("embedded", tokenizer, length=64, tokens=SMALL, seed=0)
     heldout = "\0".join(d.text for d in side_documents("heldout"))

@@ -105,29 +105,59 @@ def test_it_is_the_textbook_s_posterior_mean(problem):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_more_evaluations_than_decisions_are_the_textbook_s_too(problem, monkeypatch):
+@pytest.mark.parametrize("per_text", [30, 100])
+def test_texts_have_importances_of_their_own(problem, monkeypatch, per_text):
+    """The weight-space form with what each text adds to the common weights, written out."""
     from dmpq.agents import importance_regression as module
 
-    maps, rng = drawn_maps(problem, 150), np.random.default_rng(2)
-    texts = np.repeat([0, 1, 2], 50)
+    count = 3 * per_text
+    maps, rng = drawn_maps(problem, count), np.random.default_rng(2)
+    texts = np.repeat([4, 0, 7], per_text)
     design = problem.sensitivity[np.arange(64), maps]
-    missed = design @ rng.normal(0, 0.3, 64) + rng.normal(0, 1e-3, 150)
+    missed = design @ rng.normal(0, 0.3, 64) + rng.normal(0, 1e-3, count)
     kl = design.sum(1) + missed
-    own, layer, noise = 0.2, 0.3, 0.1
+    own, layer, text_std, noise = 0.2, 0.3, 0.4, 0.1
     layers = problem.spec.layer_of_expert[:, None] == np.arange(4)
     prior = own**2 * np.eye(64) + layer**2 * (layers @ layers.T) + module._OVERALL_STD**2
-    # On one scale already, so that what is left to check is one intercept per text.
+    # On one scale already, so that what is left to check are an intercept and weights per text.
     monkeypatch.setattr(module, "_on_one_scale", lambda kl, *_: kl)
-    for name, grid in {"_OWN_STDS": own, "_LAYER_STDS": layer, "_NOISE_SHARES": noise}.items():
-        monkeypatch.setattr(module, name, (grid,))
+    grids = {"OWN_STDS": own, "LAYER_STDS": layer, "TEXT_STDS": text_std, "NOISE_SHARES": noise}
+    for name, width in grids.items():
+        monkeypatch.setattr(module, f"_{name}", (width,))
     found = posterior_importance(problem, maps, kl, texts)
-    for text in range(3):
+    apart = np.zeros((count, 3 * 64))
+    for i, text in enumerate((0, 4, 7)):
         for values in (design, missed):
             values[texts == text] -= values[texts == text].mean(0)
+        apart[texts == text, 64 * i : 64 * (i + 1)] = design[texts == text]
+    whole = np.concatenate([design, apart], axis=1)
     variance = (noise * np.sqrt(np.mean(missed**2))) ** 2
-    precision = design.T @ design / variance + np.linalg.inv(prior)
-    expected = 1 + np.linalg.solve(precision, design.T @ missed / variance)
+    inverse = np.zeros((256, 256))
+    inverse[:64, :64] = np.linalg.inv(prior)
+    inverse[64:, 64:] = np.eye(192) / text_std**2
+    precision = whole.T @ whole / variance + inverse
+    expected = 1 + np.linalg.solve(precision, whole.T @ missed / variance)[:64]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_what_one_text_says_moves_little_and_what_all_say_moves_much(problem):
+    rng = np.random.default_rng(5)
+    truth = rng.lognormal(0, 0.5, 64)
+    maps = drawn_maps(problem, 384)
+    texts = np.repeat(np.arange(32), 12)
+    of_text = truth * rng.lognormal(0, 0.4, (32, 64))[texts]
+    kl = (of_text * problem.sensitivity[np.arange(64), maps]).sum(1)
+    weight = problem.sensitivity[:, 0]
+
+    def missed(found):
+        """Return how far importances are from the truth, but for what all share."""
+        scale = (truth * weight).sum() / (found * weight).sum()
+        return weight @ (scale * found - truth) ** 2
+
+    apart = missed(posterior_importance(problem, maps, kl, texts))
+    mixed = missed(posterior_importance(problem, maps, kl))
+    assert apart < 0.5 * missed(np.ones(64))
+    assert apart < 0.5 * mixed
 
 
 def test_the_evidence_is_that_of_all_evaluations_however_few_decisions(problem, monkeypatch):

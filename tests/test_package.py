@@ -61,7 +61,7 @@ FLOORS = [
     {"hw_models"},
     {"quantization", "moe", "data", "replay"},
     {"bank"},
-    {"profile", "evaluation", "model_evaluator", "profiling", "curvature"},
+    {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
     {"knapsack", "local_search", "objective"},
     {"decisions", "features", "contest"},
     {"relaxation"},

@@ -85,8 +85,9 @@ class Agent(Protocol):
     """Searches for a bit map.
 
     ``python -m dmpq.compare`` also knows, where an agent has them: ``cost``, ``"1"`` where it
-    evaluates one map, so that what it may spend pays for a larger profile; ``profiled``, false
-    where it reads no profile and is not charged for it; ``forwards``, those of the search text
+    evaluates one map, so that what it may spend pays for a larger profile; ``reads``, what it
+    needs of a profile: ``"sensitivities"``, which is taken for granted, only ``"gradients"``, or
+    ``"nothing"``; ``forwards``, those of the search text
     that its own signal takes; ``control()``, the same agent that learns nothing.
     """
 

@@ -68,7 +68,7 @@ class EvoPressAgent:
     signal: ClassVar[str] = "measured KL, evolution"
     cost: ClassVar[str] = "all"
     source: ClassVar[str] = "arXiv 2410.14649"
-    profiled: ClassVar[bool] = False
+    reads: ClassVar[str] = "nothing"
 
     offspring: int = 32
     survivors: tuple[int, ...] = (8, 2)

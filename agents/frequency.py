@@ -28,6 +28,7 @@ class FrequencyAgent(OneMapAgent):
     signal: ClassVar[str] = "selections by the router"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2406.08155"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the frequency map, (D,)."""

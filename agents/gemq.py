@@ -38,6 +38,7 @@ class GemqAgent(OneMapAgent):
     signal: ClassVar[str] = "gradient x output error"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2605.23078"
+    reads: ClassVar[str] = "gradients"
 
     at_least: tuple[int, ...] = (3, 2)
 

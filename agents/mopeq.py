@@ -44,6 +44,7 @@ class MopeqModelAgent(OneMapAgent):
     signal: ClassVar[str] = "1 / weight norm"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2509.02512"
+    reads: ClassVar[str] = "gradients"
 
     budget_free: bool = False
 
@@ -76,6 +77,7 @@ class MopeqLayerAgent(OneMapAgent):
     signal: ClassVar[str] = "1 / norm, in layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2509.02512"
+    reads: ClassVar[str] = "gradients"
 
     budget_free: bool = False
 

@@ -52,6 +52,7 @@ class MoqaAgent(OneMapAgent):
     signal: ClassVar[str] = "clusters of gradients"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2503.21135"
+    reads: ClassVar[str] = "gradients"
 
     budget_free: bool = False
 

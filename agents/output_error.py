@@ -25,6 +25,7 @@ class ErrorLayerAgent(OneMapAgent):
     signal: ClassVar[str] = "output error, in layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2410.06270"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,)."""
@@ -44,6 +45,7 @@ class ErrorModelAgent(OneMapAgent):
     signal: ClassVar[str] = "output error"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2410.06270"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,)."""

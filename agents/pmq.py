@@ -79,6 +79,7 @@ class PmqPaperAgent(OneMapAgent):
     signal: ClassVar[str] = "use x squared error"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2410.06270"
+    reads: ClassVar[str] = "gradients"
 
     alpha: float = 1.0
     beta: float = 1.5
@@ -118,6 +119,7 @@ class PmqCodeAgent(OneMapAgent):
     signal: ClassVar[str] = "use x output error"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2410.06270"
+    reads: ClassVar[str] = "gradients"
 
     alpha: float = 1.0
     beta: float = 1.5

@@ -27,7 +27,7 @@ class RandomAgent:
     signal: ClassVar[str] = "none: random maps"
     cost: ClassVar[str] = "all"
     source: ClassVar[str] = "noise band"
-    profiled: ClassVar[bool] = False
+    reads: ClassVar[str] = "nothing"
 
     def search(
         self,

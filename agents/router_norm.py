@@ -40,6 +40,7 @@ class RouterNormChangeAgent(OneMapAgent):
     signal: ClassVar[str] = "least grown router rows"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2604.06515"
+    reads: ClassVar[str] = "gradients"
 
     zeta: float | None = 3.0
     largest_first: bool = False
@@ -72,6 +73,7 @@ class RouterNormAgent(OneMapAgent):
     signal: ClassVar[str] = "short router rows"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2604.06515"
+    reads: ClassVar[str] = "gradients"
 
     zeta: float | None = 3.0
     largest_first: bool = False
@@ -104,6 +106,7 @@ class RouterNormPruningAgent(OneMapAgent):
     signal: ClassVar[str] = "most grown router rows"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2405.16646"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> Ints:
         """Return the map by change of router norm, largest first, (D,).

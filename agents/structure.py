@@ -35,6 +35,7 @@ class FirstLayersAgent(OneMapAgent):
     signal: ClassVar[str] = "place: first layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2406.08155"
+    reads: ClassVar[str] = "gradients"
 
     layers: int | None = None
     extra_bits: float = 2.0
@@ -64,6 +65,7 @@ class LastLayersAgent(OneMapAgent):
     signal: ClassVar[str] = "place: last layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2406.08155"
+    reads: ClassVar[str] = "gradients"
 
     layers: int | None = None
     extra_bits: float = 2.0
@@ -93,6 +95,7 @@ class FirstLastLayersAgent(OneMapAgent):
     signal: ClassVar[str] = "place: outer layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "practice"
+    reads: ClassVar[str] = "gradients"
 
     layers: int | None = None
     extra_bits: float = 2.0
@@ -125,6 +128,7 @@ class FrequencyFirstLayersAgent(OneMapAgent):
     signal: ClassVar[str] = "selections, first layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2406.08155"
+    reads: ClassVar[str] = "gradients"
 
     layers: int | None = None
     extra_bits: float = 2.0

@@ -42,6 +42,7 @@ class SuperExpertAgent(OneMapAgent):
     signal: ClassVar[str] = "outstanding output error"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2507.23279"
+    reads: ClassVar[str] = "gradients"
 
     extra_bits: float = 4.0
 

@@ -21,6 +21,7 @@ class UniformAgent(OneMapAgent):
     signal: ClassVar[str] = "none"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "baseline"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the uniform map of most stored bits, (D,).

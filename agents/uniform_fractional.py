@@ -27,6 +27,7 @@ class UniformFractionalAgent(OneMapAgent):
     signal: ClassVar[str] = "none: evenly spaced mix"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "baseline"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the evenly spaced mix, (D,).

@@ -28,6 +28,7 @@ class InverseFrequencyAgent(OneMapAgent):
     signal: ClassVar[str] = "1 / selections"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2604.06515"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the inverse-frequency map, (D,)."""
@@ -48,6 +49,7 @@ class RoutingWeightAgent(OneMapAgent):
     signal: ClassVar[str] = "routing weight, summed"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2404.05089"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the soft-count map, (D,)."""
@@ -68,6 +70,7 @@ class LayerFrequencyAgent(OneMapAgent):
     signal: ClassVar[str] = "selections, in layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2406.08155"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the per-layer frequency map, (D,).

@@ -28,6 +28,7 @@ class WeightNormAgent(OneMapAgent):
     signal: ClassVar[str] = "mean squared weight"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "Gray, Neuhoff 1998"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map by squared norm, (D,)."""
@@ -54,6 +55,7 @@ class OutlierRatioAgent(OneMapAgent):
     signal: ClassVar[str] = "max |w| / mean |w|"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2406.08155"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the outlier map, (D,)."""
@@ -73,6 +75,7 @@ class KurtosisAgent(OneMapAgent):
     signal: ClassVar[str] = "kurtosis of the weights"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2504.02658"
+    reads: ClassVar[str] = "gradients"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the kurtosis map, (D,)."""

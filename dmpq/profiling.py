@@ -23,6 +23,7 @@ from dmpq.data import Draw
 from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel, run_stacked
 from dmpq.profile import Profile, Signal
+from dmpq.spec import ModelSpec
 
 BACKWARD_COST: Final = 2.0
 """FLOPs of a backward pass in those of a forward pass."""
@@ -155,12 +156,17 @@ def _measured(
         apart=apart,
         uniform_kl=uniform_kl,
         full_nll=evaluator.full_nll(),
-        cost_tokens=evaluator.tokens_spent + _gradient_cost(evaluator, sums),
+        cost_tokens=evaluator.tokens_spent + sums.tokens * gradient_cost(spec, formats),
     )
 
 
 def _estimated(evaluator: ModelEvaluator, sums: _Sums) -> _Signal:
     """Take half the proxy of every variant: losses are then taken to add up."""
+    cost = gradient_cost(
+        evaluator.bank.moe.spec,
+        len(evaluator.bank.menu),
+        projections=sums.side_proxy is not None,
+    )
     kl = sums.proxy / sums.tokens / 2
     above = kl - kl[:, -1:]
     apart = None
@@ -172,19 +178,23 @@ def _estimated(evaluator: ModelEvaluator, sums: _Sums) -> _Signal:
         apart=apart,
         uniform_kl=kl.sum(0),
         full_nll=sums.nll / sums.predicted,
-        cost_tokens=_gradient_cost(evaluator, sums),
+        cost_tokens=sums.tokens * cost,
     )
 
 
-def _gradient_cost(evaluator: ModelEvaluator, sums: _Sums) -> float:
-    """Return what the gradient pass took, in forwarded tokens.
+def gradient_cost(spec: ModelSpec, formats: int, *, projections: bool = False) -> float:
+    """Return what a gradient profile takes, in forwarded tokens per token of its text.
 
     Forward and backward, and one more run of the experts per format for their output errors; two
     more where projections are told apart.
+
+    Args:
+        spec: Geometry of the model.
+        formats: Number of formats on the menu.
+        projections: Whether projections are told apart.
     """
-    formats, share = len(evaluator.bank.menu), expert_share(evaluator.bank.moe.spec)
-    runs = formats * (1 if sums.side_proxy is None else 3)
-    return sums.tokens * (1 + BACKWARD_COST + runs * share)
+    runs = formats * (3 if projections else 1)
+    return 1 + BACKWARD_COST + runs * expert_share(spec)
 
 
 class _Counter:

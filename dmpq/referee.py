@@ -6,7 +6,9 @@ evaluations of whole forwards and of the final choice:
 
 - An agent that searches has the profile and spends the rest on maps. One that reads no profile is
   not charged for it, and evaluates more.
-- An agent that evaluates a single map has a larger profile, as large as ``T`` pays for.
+- An agent that evaluates a single map has a larger profile, as large as ``T`` pays for. Where it
+  reads no sensitivities, that profile comes from gradients, which are many times cheaper, on as
+  much text as there is.
 - Two controls always run: ``mckp``, the exact knapsack on the larger profile, and for each agent
   that has one its own control at learning rate 0. ``mckp, small`` is the knapsack on the profile
   that searches start from.
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from dmpq.agents import Agent, Candidate
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.problem import Problem
-    from dmpq.profile import Profile
+    from dmpq.profile import Profile, Signal
     from dmpq.session import Session
 
 ONE: Final = "1"
@@ -45,6 +47,10 @@ ONE: Final = "1"
 REFERENCE: Final = "mckp"
 """What every agent is compared with."""
 SMALL: Final = "mckp, small"
+SENSITIVITIES: Final = "sensitivities"
+GRADIENTS: Final = "gradients"
+NOTHING: Final = "nothing"
+"""What agents say that they need of a profile."""
 KEPT: Final = "outcomes.jsonl"
 """File in a group's folder."""
 
@@ -101,16 +107,26 @@ class Entrant:
     Attributes:
         label: What tables call it.
         agent: The agent.
-        larger: Whether it has the larger profile and a single evaluation.
-        profiled: Whether it is charged for the profile.
+        larger: Whether it has a larger profile and a single evaluation.
+        reads: What it needs of a profile: sensitivities, gradients, or nothing.
         forwards: Of the search text, that its own signal takes.
     """
 
     label: str
     agent: Agent
     larger: bool
-    profiled: bool = True
+    reads: str = SENSITIVITIES
     forwards: float = 0.0
+
+    @property
+    def charged(self) -> bool:
+        """Whether it pays for its profile."""
+        return self.reads != NOTHING
+
+    @property
+    def signal(self) -> Signal:
+        """What its profile is measured by."""
+        return "gradient" if self.larger and self.reads == GRADIENTS else "sensitivity"
 
 
 @dataclass(frozen=True)
@@ -204,12 +220,12 @@ def entrants(names: tuple[str, ...]) -> list[Entrant]:
         if agent.name == REFERENCE:
             continue
         larger = getattr(agent, "cost", "") == ONE
-        profiled = getattr(agent, "profiled", True)
+        reads = getattr(agent, "reads", SENSITIVITIES)
         forwards = getattr(agent, "forwards", 0.0)
-        made.append(Entrant(agent.name, agent, larger, profiled, forwards))
+        made.append(Entrant(agent.name, agent, larger, reads, forwards))
         control = getattr(agent, "control", None)
         if callable(control):
-            made.append(Entrant(f"{agent.name}, rate 0", control(), larger, profiled))
+            made.append(Entrant(f"{agent.name}, rate 0", control(), larger, reads))
     labels = [one.label for one in made]
     if len(set(labels)) != len(labels):
         raise InputError("Two agents have one name, so that no table can tell them apart.")
@@ -233,7 +249,7 @@ class Group:
         self.folder = folder / f"{self.model}-seed{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self._config = replace(plan.config, model=model, seed=seed)
-        self._larger: dict[int, Profile] = {}
+        self._larger: dict[tuple[int, Signal], Profile] = {}
 
     def missing(self) -> list[tuple[Contest, Entrant]]:
         """Return what is still to be run, in order."""
@@ -300,6 +316,8 @@ class Group:
         Raises:
             InputError: If these alone are more than is allowed.
         """
+        from dmpq.profiling import gradient_cost
+
         small, config = self.profile, self._config
         needed = math.ceil(entrant.forwards) + 2  # full precision, and its map
         if self.allowed - needed * config.search_tokens < small.cost_tokens:
@@ -309,18 +327,23 @@ class Group:
                 "--evaluations."
             )
         left = self.allowed - max(_KEPT_FORWARDS, needed) * config.search_tokens
-        tokens = int(left / (small.cost_tokens / small.tokens))
-        length = self.session.splits.profile.shape[1]
-        whole = max(small.tokens, tokens // length * length)
-        if whole not in self._larger:
-            session = self.session.with_text(profile_tokens=whole)
-            self._larger[whole] = self._profile(session, whole)
-        return self._larger[whole]
+        splits, signal = self.session.splits, entrant.signal
+        per_token, most = small.cost_tokens / small.tokens, math.inf
+        if signal == "gradient":
+            per_token = gradient_cost(small.spec, len(small.menu))
+            most = splits.profile.size + splits.further.size
+        length = splits.profile.shape[1]
+        whole = max(small.tokens, int(min(left / per_token, most)) // length * length)
+        if (whole, signal) not in self._larger:
+            session = self.session.with_text(profile_tokens=whole, signal=signal)
+            self._larger[whole, signal] = self._profile(session, whole)
+        return self._larger[whole, signal]
 
     def _profile(self, session: Session, tokens: int) -> Profile:
         from dmpq.profile import Profile
 
-        path = self.folder / f"profile-{tokens}.safetensors"
+        gradient = "gradient-" if session.config.signal == "gradient" else ""
+        path = self.folder / f"profile-{gradient}{tokens}.safetensors"
         if not path.exists():
             session.profile().save(path)
         return Profile.load(path)
@@ -350,7 +373,7 @@ class Group:
             selector=None if entrant.larger else self._evaluator("selection"),
             further=() if entrant.larger else self.session.further(),
         )
-        charged = profile.cost_tokens if entrant.profiled else 0.0
+        charged = profile.cost_tokens if entrant.charged else 0.0
         return replace(self._within(contest, problem), max_tokens=self.allowed - charged)
 
     def _within(self, contest: Contest, problem: Problem) -> Problem:
@@ -365,7 +388,7 @@ class Group:
 
     def _outcome(self, contest: Contest, entrant: Entrant) -> Outcome:
         problem = self._problem(contest, entrant)
-        charged = problem.profile.cost_tokens if entrant.profiled else 0.0
+        charged = problem.profile.cost_tokens if entrant.charged else 0.0
         curve: list[tuple[float, float]] = []
         best = -math.inf
 

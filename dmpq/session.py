@@ -183,13 +183,13 @@ class Session:
             )
         return splits
 
-    def with_text(self, **tokens: int) -> Session:
-        """Return a session on the same model and variants with other amounts of text.
+    def with_text(self, **options: Any) -> Session:
+        """Return a session on the same model and variants with other text, or another signal.
 
         Args:
-            tokens: Fields of the configuration, as ``profile_tokens``.
+            options: Fields of the configuration, as ``profile_tokens``.
         """
-        other = Session(replace(self.config, **tokens), self.journal, self.progress)  # type: ignore[arg-type]
+        other = Session(replace(self.config, **options), self.journal, self.progress)
         other.__dict__.update(_loaded=self._loaded, bank=self.bank)  # both are cached properties
         return other
 

@@ -105,9 +105,25 @@ def test_controls_always_run_and_one_map_agents_have_the_larger_profile():
     found = {one.label: one for one in entrants(("ppo", "random", "fisher", "mckp"))}
     assert list(found) == ["mckp", "mckp, small", "ppo", "ppo, rate 0", "random", "fisher"]
     assert [one.larger for one in found.values()] == [True, False, False, False, False, True]
-    assert not found["random"].profiled
+    assert not found["random"].charged
+    assert found["random"].signal == found["fisher"].signal == found["mckp"].signal
     control = found["ppo, rate 0"].agent
     assert (control.learning_rate, control.imitation, control.probe_share) == (0.0, 0, 0.0)
+
+
+def test_what_needs_no_sensitivities_has_the_text_that_gradients_pay_for(tmp_path):
+    own = replace(CONFIG, further_tokens=2048)
+    plan = replace(PLAN, config=own, contests=PLAN.contests[:1], agents=("gemq", "mxmoe"))
+    group = Group(plan, "reference", 0, tmp_path)
+    found = {one.agent: one for one in group.run()}
+    by_label = {one.label: one for one in entrants(plan.agents)}
+    gemq, mxmoe = (group.larger_profile(by_label[name]) for name in ("gemq", "mxmoe"))
+    assert (gemq.signal, mxmoe.signal) == ("gradient", "sensitivity")
+    assert gemq.tokens == 256 + 2048, "all the text that there is"
+    assert mxmoe.tokens < gemq.tokens
+    assert group.larger_profile(by_label["mckp"]) is mxmoe
+    assert gemq.cost_tokens < found["gemq"].tokens < found["gemq"].allowed
+    assert len([*tmp_path.rglob("profile-gradient-2304.safetensors")]) == 1
 
 
 def test_two_of_one_name_are_refused():

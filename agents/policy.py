@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
+from dmpq.features import format_names
 from dmpq.files import replace_atomically, safetensors_bytes
+from dmpq.formats import Menu
 from dmpq.problem import Problem
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class PolicyConfig:
     """What a policy reads and how its network is built.
 
     Attributes:
-        menu: Keys of the formats it was trained to choose among.
+        menu: Keys of the formats it was trained to choose among; others of their widths will do.
         feature_names: Columns of the feature rows it reads.
         context_size: Entries of the problem's context that it reads.
         fingerprint: Of the model that its embedding was learned for.
@@ -173,11 +175,11 @@ class Policy:
 
     def _check(self, problem: Problem) -> None:
         config = self.config
-        if problem.menu.keys != config.menu:
+        if format_names(problem.menu) != format_names(Menu.parse(config.menu)):
             raise InputError(
                 f"The policy was trained to choose among {','.join(config.menu)}, but the problem "
-                f"offers {','.join(problem.menu.keys)}; pass --bits {','.join(config.menu)} or "
-                "train a policy for this menu."
+                f"offers {','.join(problem.menu.keys)}; pass --bits {','.join(config.menu)}, with "
+                "groups as the model needs, or train a policy for this menu."
             )
         names = tuple(problem.feature_names)
         if names != config.feature_names or len(problem.context) != config.context_size:

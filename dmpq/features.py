@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.formats import Menu
 from dmpq.hw_models import Workload
 from dmpq.objective import Baselines, Constraints, Weights
 from dmpq.profile import Profile
@@ -56,8 +57,8 @@ def rows(
         "routing_weight": log_standardised(mean(profile.routing_weight)),
         "contribution": log_standardised(mean(profile.contribution)),
         **{
-            f"sensitivity_{key}": log_standardised(column)
-            for key, column in zip(profile.menu.keys, sensitivity.T, strict=True)
+            f"sensitivity_{name}": log_standardised(column)
+            for name, column in zip(format_names(profile.menu), sensitivity.T, strict=True)
         },
         "output_error": log_standardised(mean(profile.output_error[:, 0])),
         "proxy": log_standardised(mean(profile.proxy[:, 0])),
@@ -73,6 +74,15 @@ def rows(
             np.tile([-1.0, 1.0], spec.num_experts) if projections else np.zeros(len(weights))
         ),
     }
+
+
+def format_names(menu: Menu) -> tuple[str, ...]:
+    """Return what a policy calls formats: their widths, and whole keys where two share a width.
+
+    A policy may so move to a model whose matrices ask for other groups.
+    """
+    widths = [str(fmt.bits) for fmt in menu.formats]
+    return tuple(widths) if len(set(widths)) == len(widths) else menu.keys
 
 
 def context(

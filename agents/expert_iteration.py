@@ -53,6 +53,7 @@ class ExpertIteration(BaseCallback):
         imitation: Optimizer steps of imitation per update; 0 leaves the policy to PPO.
         probes: Neighbours of the knapsack's map that are measured before the first sample.
         further: Whether further text is read.
+        believed: (D,), log-importances believed in before any evaluation; ``None`` for zeros.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ExpertIteration(BaseCallback):
         imitation: int,
         probes: int,
         further: bool,
+        believed: NDArray[np.float64] | None = None,
     ) -> None:
         super().__init__()
         self._problem = problem
@@ -79,7 +81,9 @@ class ExpertIteration(BaseCallback):
         self._std_decay = std_decay
         self._imitation = imitation
         self._probes = probes
-        self._regression = ImportanceRegression(problem)
+        self._regression = ImportanceRegression(
+            problem, believed=None if believed is None else np.exp(believed)
+        )
         self._text: int | None = None
         self._share = recorder.further_share
         texts = recorder.left / (self._per_text * self._share)

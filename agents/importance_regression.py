@@ -63,10 +63,12 @@ class ImportanceRegression:
 
     Args:
         problem: Whose sensitivities are scaled.
+        believed: (D,), importances believed in before any evaluation; ``None`` for 1.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        self._sensitivity = problem.sensitivity
+    def __init__(self, problem: Problem, *, believed: Floats | None = None) -> None:
+        self._believed = np.ones(problem.num_decisions) if believed is None else believed
+        self._sensitivity = problem.sensitivity * self._believed[:, None]
         layers = problem.per_decision(problem.spec.layer_of_expert.astype(np.float64)).astype(int)
         self._in_layer = layers[:, None] == np.unique(layers)
         self._stds = tuple(kind[len(kind) // 2] for kind in _candidates(several=True))
@@ -97,7 +99,7 @@ class ImportanceRegression:
         data = _reduced(additive, missed, text)
         spread = float(np.sqrt((data.missed @ data.missed + data.left_out) / max(len(kl), 1)))
         if not spread or spread <= _ROUNDING * float(np.abs(kl).max()):
-            return np.ones(decisions)
+            return self._believed.copy()
         by_layer, total = data.design @ self._in_layer, data.design.sum(1)
         own, shared = data.design @ data.design.T, by_layer @ by_layer.T
         of_text = np.where(data.text[:, None] == data.text, own, 0.0)
@@ -125,7 +127,8 @@ class ImportanceRegression:
         overall_part = _OVERALL_STD**2 * float(total @ weights)
         layer_part = layer_std**2 * (by_layer.T @ weights)
         own_part = own_std**2 * (data.design.T @ weights)
-        result: Floats = 1 + overall_part + self._in_layer @ layer_part + own_part
+        relative = 1 + overall_part + self._in_layer @ layer_part + own_part
+        result: Floats = self._believed * relative
         return result
 
 

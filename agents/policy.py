@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA: Final = "dmpq.policy/1"
 CONFIG_FILE: Final = "policy.json"
+_EMBEDDING: Final = "embedding"
 _MAX_CONFIG_BYTES: Final = 1 << 20
 _MAX_SIZE: Final = 1 << 20
 
@@ -88,6 +89,25 @@ class Policy:
         limit = self.config.log_scale
         clipped: NDArray[np.float64] = np.clip(proposal.astype(np.float64), -limit, limit)
         return clipped
+
+    def load_into(self, network: ImportanceNetwork, problem: Problem) -> None:
+        """Let a network of this policy's shape propose what the policy proposes on a problem.
+
+        On another model than the policy's own the embedding begins at zero.
+
+        Raises:
+            InputError: If the problem's menu or features are not those of the training.
+        """
+        import torch as th
+
+        self._check(problem)
+        own = problem.profile.fingerprint == self.config.fingerprint
+        same = own and problem.num_decisions == self.config.decisions
+        for name, value in network.state_dict().items():
+            if name == _EMBEDDING and not same:
+                value.zero_()
+            else:
+                value.copy_(th.from_numpy(np.array(self.weights[name])))
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map that the policy proposes, (D,), within every limit of the problem."""

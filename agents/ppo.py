@@ -59,6 +59,8 @@ class PPOAgent:
         probe_share: Share of the evaluations that are single steps from the knapsack's map, where
             no further text is read.
         further: Whether maps are read on the problem's further text, where it has some.
+        start: A policy to go on from, whose map is evaluated after the knapsack's; with a single
+            evaluation it is the result. It also says ``hidden``, ``embedding`` and ``log_scale``.
     """
 
     name: ClassVar[str] = "ppo"
@@ -80,8 +82,12 @@ class PPOAgent:
     imitation_rate: float = 3e-3
     probe_share: float = 0.6
     further: bool = True
+    start: Policy | None = None
 
     def __post_init__(self) -> None:
+        if self.start is not None:
+            for name in ("hidden", "embedding", "log_scale"):
+                object.__setattr__(self, name, getattr(self.start.config, name))
         for name, least in _WHOLE.items():
             value: object = getattr(self, name)
             if type(value) is not int or value < least:
@@ -129,7 +135,12 @@ class PPOAgent:
             on_candidate: Called with every map evaluated.
         """
         recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
-        recorder.evaluate(problem.mckp()[None])
+        if self.start is None or evaluations > 1:
+            recorder.evaluate(problem.mckp()[None])
+        if self.start is not None and recorder.remaining:
+            proposed = self.start.propose(problem)
+            recorder.evaluate(proposed[None])
+            recorder.nominate(proposed)
         learned = self._learn(problem, recorder, seed=seed)
         return recorder.result(policy=self._policy(problem, learned, seed=seed))
 
@@ -168,6 +179,7 @@ class PPOAgent:
             imitation=self.imitation,
             probes=int(self.probe_share * recorder.remaining),
             further=self.further,
+            believed=None if self.start is None else self.start.log_importance(problem),
         )
         with generators_left_alone():
             model = (PPO if self.epochs else Imitator)(
@@ -196,6 +208,8 @@ class PPOAgent:
                 },
             )
             policy = cast(ImportancePolicy, model.policy)
+            if self.start is not None:
+                self.start.load_into(policy.network, problem)
             if recorder.remaining:
                 model.learn(_SAMPLES_PER_EVALUATION * between.maps, callback=between)
         return policy

@@ -46,6 +46,9 @@ class SearchConfig:
     energy_j: float | None = _option(None, "limit on the energy of a step, joules")
     weights: str = _option("acc=1,lat=0.1,mem=0.1,eng=0.1", "weights of the reward's terms")
     agent: str = _option("ppo", "agent by name, or module:Class for your own")
+    policy: str | None = _option(
+        None, "policy, a folder, that ppo goes on from; with --evaluations 1 its own map"
+    )
     evaluations: int = _option(64, "true evaluations that the agent may ask for")
     seed: int = _option(0, "seed of the calibration draw and of the agent")
     phase: str = _option("decode", "workload: what a step is", ("decode", "prefill"))

@@ -17,19 +17,30 @@ if TYPE_CHECKING:
 
 BASELINES: Final = ("frequency", "mckp")
 UNIFORM: Final = {"bf16": "16", "uniform8": "8", "uniform4": "4", "uniform3": "3"}
+_STARTS: Final = "ppo"
+"""The agent that may begin with a policy."""
 _RESERVED: Final = frozenset({*UNIFORM, *BASELINES})
 
 
-def make_agent(name: str) -> Agent:
+def make_agent(name: str, *, policy: str | None = None) -> Agent:
     """Return an agent that a table can show beside the others.
 
+    Args:
+        name: One of dmpq's, or ``module:Class``.
+        policy: Folder of a policy that it goes on from; ``None`` for none.
+
     Raises:
-        InputError: If there is no such agent, or it cannot be made, or takes another's name.
+        InputError: If there is no such agent, or it cannot be made, or takes another's name; or if
+            there is no such policy, or the agent takes none.
     """
     from dmpq import agents
+    from dmpq.agents.policy import Policy
 
+    if policy is not None and name != _STARTS:
+        raise InputError(f"--policy is where {_STARTS} goes on from; {name[:60]!r} takes none.")
+    options = {} if policy is None else {"start": Policy.load(policy)}
     try:
-        agent = agents.make(name)
+        agent = agents.make(name, **options)
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a user's code may raise anything

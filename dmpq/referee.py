@@ -54,6 +54,10 @@ NOTHING: Final = "nothing"
 KEPT: Final = "outcomes.jsonl"
 """File in a group's folder."""
 
+_NOT_SHARED: Final = frozenset(
+    {"model", "seed", "out", "threads", "bank_memory_gb", "agent", "policy", "explain"}
+)
+"""Options that rows of one folder may differ in, or that no row depends on."""
 _KEPT_FORWARDS: Final = 12
 """Of the search text, that the larger profile leaves at least, so that most agents share one."""
 _BATCHES: Final = 16
@@ -94,8 +98,7 @@ class Plan:
 
     def digest(self) -> str:
         """Return a hash of what the rows of one folder share: all but the grid's lists."""
-        left_out = ("model", "seed", "out", "threads", "bank_memory_gb", "agent", "explain")
-        shared = {k: v for k, v in asdict(self.config).items() if k not in left_out}
+        shared = {k: v for k, v in asdict(self.config).items() if k not in _NOT_SHARED}
         text = json.dumps(shared, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

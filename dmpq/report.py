@@ -25,6 +25,8 @@ _FAINT: Final = "#9aa0a6"
 _STRONG: Final = "#1a73e8"
 _FRONT: Final = "#d93025"
 
+_LINES: Final = (_FAINT, _STRONG, _FRONT)
+
 _SAME: Final = 1e-3
 """Costs closer than this share are the same on the front: no cost model tells them apart."""
 _LEAST_SPAN: Final = 0.02
@@ -207,6 +209,27 @@ def plane(
         axes.ticklabel_format(axis="x", useOffset=False)
     figure.axes[0].set_ylabel("KL to full precision on search text, nats/token")
     figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def front_figure(rows: Sequence[Row]) -> Figure:
+    """Draw held-out loss against size, a line per allocation.
+
+    Args:
+        rows: Of one name for each line, at several sizes.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in zip(dict.fromkeys(row.name for row in rows), _LINES, strict=False):
+        own = sorted((row.effective_bits, row.heldout_kl) for row in rows if row.name == name)
+        axes.plot(*zip(*own, strict=True), "o-", color=colour, ms=4, lw=1, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("effective bits per expert weight")
+    axes.set_ylabel("KL to full precision on held-out text, nats/token")
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -18,6 +18,7 @@ _MARK: Final = "config.json"
 _WRITTEN: Final = frozenset(
     {"bitmap.json", "bitmap.partial.json", "history.jsonl", "history.partial.jsonl"}
     | {"journal.jsonl", "profile.safetensors", "summary.json", "policy", "plane.png", "bits.png"}
+    | {"front.csv", "front.png", "maps"}
 )
 
 

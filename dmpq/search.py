@@ -31,6 +31,7 @@ from dmpq.errors import InputError, first_line, is_out_of_memory
 from dmpq.evaluation import FAILURE_NATS
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Menu
+from dmpq.front import front
 from dmpq.guard import BASELINES, UNIFORM, make_agent, run_agent
 from dmpq.hw_models import explainable
 from dmpq.provenance import bitmap_of, versions
@@ -88,12 +89,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_options(parser)
     parser.add_argument("--json", action="store_true", help="print summary.json, not a table")
+    parser.add_argument(
+        "--front", action="store_true", help="maps of --policy for many budgets, and no search"
+    )
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     console = plain_console(stderr=arguments.json)
     try:
         quiet_libraries()
-        summary = search(from_arguments(arguments), console)
+        config, summary = from_arguments(arguments), ""
+        if arguments.front:
+            front(config, console)
+        else:
+            summary = search(config, console)
     except InputError as error:
         return refuse(error)
     except OSError as error:
@@ -136,7 +144,7 @@ def search(config: SearchConfig, console: Console) -> str:
         import torch
 
         torch.set_num_threads(config.threads)
-    agent = make_agent(config.agent)
+    agent = make_agent(config.agent, policy=config.policy)
     with ExitStack() as alone:
         with progress_bars(console) as show:
             session = Session(config, progress=show)

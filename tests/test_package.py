@@ -73,7 +73,7 @@ FLOORS = [
     {"testing", "report", "console", "guard", "run_folder", "hardware_loop", "provenance"},
     {"hardware_files", "hardware_tables", "referee"},
     {"standings"},
-    {"hardware_explain", "hardware_fit", "hardware_measure", "compare_report"},
+    {"hardware_explain", "hardware_fit", "hardware_measure", "compare_report", "front"},
     {"search", "validate", "hardware", "compare"},
 ]
 

@@ -383,3 +383,54 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([*QUICK, f"--out={tmp_path / 'file' / 'run'}"]) == 2
     assert "cannot be used" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_policy_answers_for_other_budgets_at_once(finished, tmp_path, capsys):
+    out, policy = tmp_path / "run", finished / "policy"
+    quick = [*QUICK, f"--policy={policy}", f"--out={out}", "--avg-bits=4"]
+    assert main([*quick, "--evaluations=1", "--signal=gradient"]) == 0
+    told = capsys.readouterr().out
+    assert "estimated from gradients" in told
+    lines = (out / "history.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+    assert json.loads(lines[0])["effective_bits"] <= 4
+
+
+def test_a_front_of_one_policy(finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    profile = finished / "profile.safetensors"
+    flags = [f"--policy={finished / 'policy'}", f"--profile={profile}", f"--out={out}"]
+    assert main([*QUICK, *flags, "--front"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("policy  ") == told.count("mckp  ") == 10
+    maps = sorted((out / "maps").iterdir())
+    assert len(maps) == 10
+    bits = [BitMap.read(path).metrics["predicted"]["effective_bits"]["value"] for path in maps]
+    assert bits == sorted(bits)
+    assert all(size <= float(path.stem[5:]) + 0.005 for path, size in zip(maps, bits, strict=True))
+    names = (out / "front.csv").read_text().splitlines()
+    assert len(names) == 21
+    assert (out / "front.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--front"], "name it by --policy"),
+        (["--policy=nowhere"], "There is no policy at nowhere"),
+        (["--policy=nowhere", "--agent=mckp"], "'mckp' takes none"),
+    ],
+)
+def test_a_policy_that_cannot_be_asked_is_refused(flags, words, tmp_path, capsys):
+    assert main([*QUICK, *flags, f"--out={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_profile_of_another_signal_is_refused(finished, tmp_path, capsys):
+    profile = finished / "profile.safetensors"
+    flags = [f"--profile={profile}", "--signal=gradient", f"--out={tmp_path / 'run'}"]
+    assert main([*QUICK, *flags]) == 2
+    assert "give --signal sensitivity" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""What a policy learns on some problems and keeps for others, and searches that begin with it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from factories import make_problem
+
+from dmpq.agents.lessons import Lesson, learn
+from dmpq.agents.policy import Policy
+from dmpq.agents.ppo import PPOAgent
+from dmpq.errors import InputError
+from dmpq.evaluation import Evaluations
+
+
+class Misread:
+    """A loss in which experts of large norm matter more than their sensitivities say."""
+
+    name = "misread"
+    tokens = 100
+    tokens_spent = 0.0
+
+    def __init__(self, problem):
+        column = problem.feature_names.index("weight_norm")
+        self.truth = np.exp(1.0 * problem.features[:, column].astype(float))
+        self._losses = problem.sensitivity * self.truth[:, None]
+        self._full_nll = problem.profile.full_nll
+
+    def evaluate(self, assignments, *, fidelity=1.0):
+        del fidelity
+        maps = np.atleast_2d(assignments)
+        kl = self._losses[np.arange(len(self._losses)), maps].sum(1)
+        return Evaluations(kl, self._full_nll + kl, np.zeros(len(maps)), 0.0)
+
+    def hold(self, assignment):
+        """Do nothing: answers are free."""
+
+
+def misread(layers, experts, seed, **options):
+    plain = make_problem(
+        layers=layers, experts=experts, seed=seed, weights="acc=1", **{"avg_bits": 3.0} | options
+    )
+    named = replace(plain.profile, fingerprint=f"model {seed}")
+    plain = replace(plain, profile=named)
+    return replace(plain, evaluator=Misread(plain))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    lessons = []
+    for seed, (layers, experts) in enumerate([(4, 8), (2, 16), (3, 12)]):
+        problem = misread(layers, experts, seed)
+        result = PPOAgent().search(problem, evaluations=120, seed=seed)
+        lessons.append(Lesson.of(problem, result))
+    return learn(lessons, seed=0)
+
+
+@pytest.mark.parametrize("avg_bits", [2.6, 3.0, 3.5])
+def test_it_holds_on_a_model_that_it_was_not_trained_on(policy, avg_bits):
+    other = misread(5, 10, 9, avg_bits=avg_bits)
+    maps = np.stack([other.mckp(), policy.propose(other), other.propose(np.log(truth(other)))])
+    first, found, best = other.evaluate(maps).kl
+    assert found < first
+    assert first - found > 0.3 * (first - best) > 0
+
+
+def truth(problem):
+    return problem.evaluator.truth
+
+
+def test_it_survives_its_files(policy, tmp_path):
+    policy.save(tmp_path)
+    other = misread(5, 10, 9)
+    again = Policy.load(tmp_path)
+    assert (again.log_importance(other) == policy.log_importance(other)).all()
+    assert again.training["lessons"] == "3"
+
+
+def test_a_single_evaluation_is_the_policy_s_own_map(policy):
+    other = misread(5, 10, 9)
+    result = PPOAgent(start=policy).search(other, evaluations=1, seed=0)
+    assert (result.assignment == policy.propose(other)).all()
+    assert result.evaluations == 1
+    assert (result.policy.propose(other) == result.assignment).all()
+
+
+def test_a_search_goes_on_from_it_and_gets_further_than_from_none(policy):
+    other = misread(5, 10, 9)
+    started, blank = (
+        PPOAgent(start=start).search(other, evaluations=12, seed=0) for start in (policy, None)
+    )
+    assert (started.history[0].assignment == other.mckp()).all()
+    assert (started.history[1].assignment == policy.propose(other)).all()
+    assert started.scores.kl[0] <= started.history[1].kl
+    assert started.scores.kl[0] < blank.scores.kl[0]
+    assert started.policy.config.embedding == 0
+    assert started.policy.config.hidden == policy.config.hidden
+
+
+def test_a_policy_goes_on_on_its_own_model_with_its_embedding():
+    problem = misread(3, 8, 4)
+    first = PPOAgent().search(problem, evaluations=60, seed=0)
+    again = PPOAgent(start=first.policy).search(problem, evaluations=1, seed=1)
+    assert (again.assignment == first.policy.propose(problem)).all()
+    assert (again.policy.log_importance(problem) == first.policy.log_importance(problem)).all()
+
+
+def test_same_lessons_same_policy(policy):
+    problem = misread(2, 6, 1)
+    lesson = Lesson.of(problem, PPOAgent().search(problem, evaluations=30, seed=0))
+    one, same, other = (learn([lesson], seed=seed, steps=20) for seed in (0, 0, 1))
+    for name, value in one.weights.items():
+        np.testing.assert_array_equal(value, same.weights[name])
+    assert (one.log_importance(problem) != other.log_importance(problem)).any()
+
+
+def test_lessons_that_do_not_go_together_are_refused():
+    with pytest.raises(InputError, match="no lessons"):
+        learn([], seed=0)
+    problems = misread(2, 6, 1), misread(2, 6, 2, bits="2,4,16")
+    lessons = [Lesson(one, np.zeros(12), np.full(12, 1 / 12)) for one in problems]
+    with pytest.raises(InputError, match="models of the same widths"):
+        learn(lessons, seed=0)
+    groups = misread(2, 6, 1, bits="2g32,3g32,4g32,8g32,16")
+    learn([lessons[0], Lesson(groups, np.zeros(12), np.full(12, 1 / 12))], seed=0, steps=1)

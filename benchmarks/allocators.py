@@ -3,11 +3,12 @@
     python benchmarks/allocators.py
 
 For each seed a calibration draw of its own, and the defaults of ``python -m dmpq.search`` but for
-``--weights acc=1``. PPO profiles, searches, and chooses among its finalists on fresh text. The
-same agent that learns nothing tries as many random perturbations of MCKP, and chooses likewise;
-one more learns without PPO's own gradient. MCKP spends the tokens that PPO has spent on a profile
-of more text. All are judged on held-out text, on which nothing is chosen. ``--out`` keeps every
-row as JSON, and ``--read`` prints the table of such files.
+``--weights acc=1``. PPO profiles, searches, and lets fresh text decide between its map and MCKP's.
+The same agent that learns nothing tries as many random perturbations of MCKP, and chooses
+likewise; one more learns without PPO's own gradient, one from the search's own text alone. MCKP
+spends the tokens that PPO has spent on a profile of more text. All are judged on held-out text, on
+which nothing is chosen. ``--out`` keeps every row as JSON, and ``--read`` prints the table of such
+files.
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ BUDGETS = (2.5, 3.0, 3.5)
 SEARCHED: dict[str, dict[str, Any]] = {
     "ppo": {},
     "imitation": {"epochs": 0},  # the same without PPO's own gradient
-    "perturbations": {"learning_rate": 0.0, "imitation": 0, "probe_share": 0.0},
+    "one text": {"further": False},
+    "perturbations": {
+        "learning_rate": 0.0,
+        "imitation": 0,
+        "probe_share": 0.0,
+        "further": False,
+    },
 }
 
 
@@ -83,7 +90,10 @@ def compare(seed: int, arguments: argparse.Namespace) -> list[dict[str, float | 
 
 def _problem(session: Session, profile: Profile, budget: float) -> Problem:
     problem = session.problem(
-        profile, evaluator=session.evaluator("search"), selector=session.evaluator("selection")
+        profile,
+        evaluator=session.evaluator("search"),
+        selector=session.evaluator("selection"),
+        further=session.further(),
     )
     return replace(problem, constraints=Constraints(avg_bits=budget))
 

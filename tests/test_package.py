@@ -74,7 +74,7 @@ FLOORS = [
     {"hardware_files", "hardware_tables", "referee"},
     {"standings"},
     {"hardware_explain", "hardware_fit", "hardware_measure", "compare_report", "front"},
-    {"search", "validate", "hardware", "compare"},
+    {"search", "validate", "hardware", "compare", "pretrain"},
 ]
 
 

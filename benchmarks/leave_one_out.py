@@ -44,6 +44,8 @@ ABOVE = (0.3, 0.8, 1.3)
 """Budgets, effective bits above the narrowest uniform map."""
 GRADIENT_TOKENS = 4096
 PIECE = 8192
+SMALL_PIECE = 2048
+"""Of further text, where there are tokens for few maps: more of them, on more texts."""
 LESSON_EVALUATIONS = 200
 REFINED = 0.2
 MOST = 10**6
@@ -85,13 +87,15 @@ class Subject:
         least = float(free.effective_bits(free.uniform(free.menu.keys[0])[None])[0])
         return [least + above for above in ABOVE]
 
-    def problem(self, bits: float, *, measured: bool = False, tokens: float = 0.0) -> Problem:
+    def problem(
+        self, bits: float, *, measured: bool = False, tokens: float = 0.0, piece: int = PIECE
+    ) -> Problem:
         """Return the problem at a budget, with so many tokens for evaluations."""
         session = self.session
         plain = session.problem(
             self.measured if measured else self.estimated,
             evaluator=ModelEvaluator(session.bank, session.splits.search, label="search"),
-            further=session.further(),
+            further=session.further(piece),
         )
         return replace(plain, constraints=Constraints(avg_bits=bits), max_tokens=tokens or None)
 
@@ -118,7 +122,7 @@ class Subject:
             plain = self.problem(bits)
             known = self.problem(bits, measured=True)
             reference = self.kl(known, known.mckp())
-            small = self.problem(bits, tokens=left)
+            small = self.problem(bits, tokens=left, piece=SMALL_PIECE)
             searched = {
                 name: PPOAgent(start=start).search(small, evaluations=MOST, seed=self.seed)
                 for name, start in (("refined", policy), ("refined, no policy", None))

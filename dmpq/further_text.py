@@ -15,21 +15,29 @@ PIECE_TOKENS: Final = 8192
 
 
 class FurtherText(Sequence[Evaluator]):
-    """Evaluators on pieces of one text, each of :data:`PIECE_TOKENS` tokens in whole windows.
+    """Evaluators on pieces of one text, in whole windows.
 
     One is kept at a time, since what the full-precision model says of a piece takes memory.
 
     Args:
         bank: The model's variants.
         windows: int64 (windows, length), the text; what is left over of it is not read.
+        tokens: Of a piece.
         journal: Where answers are kept and looked up.
     """
 
-    def __init__(self, bank: Bank, windows: Windows, *, journal: JsonLines | None = None) -> None:
+    def __init__(
+        self,
+        bank: Bank,
+        windows: Windows,
+        *,
+        tokens: int = PIECE_TOKENS,
+        journal: JsonLines | None = None,
+    ) -> None:
         self._bank = bank
         self._windows = windows
         self._journal = journal
-        self._size: int = max(1, PIECE_TOKENS // windows.shape[1])
+        self._size: int = max(1, tokens // windows.shape[1])
         self._kept: tuple[int, ModelEvaluator] | None = None
 
     def __len__(self) -> int:

@@ -227,11 +227,20 @@ class Session:
         windows = getattr(self.splits, split)
         return ModelEvaluator(self.bank, windows, label=split, journal=self.journal)
 
-    def further(self) -> Sequence[Evaluator]:
-        """Return evaluators on pieces of the further text; none where there is no whole piece."""
-        from dmpq.further_text import FurtherText
+    def further(self, tokens: int | None = None) -> Sequence[Evaluator]:
+        """Return evaluators on pieces of the further text; none where there is no whole piece.
 
-        return FurtherText(self.bank, self.splits.further, journal=self.journal)
+        Args:
+            tokens: Of a piece; ``None`` for the default.
+        """
+        from dmpq.further_text import PIECE_TOKENS, FurtherText
+
+        return FurtherText(
+            self.bank,
+            self.splits.further,
+            tokens=PIECE_TOKENS if tokens is None else tokens,
+            journal=self.journal,
+        )
 
     def cost_spec(self, spec: ModelSpec) -> ModelSpec:
         """Return the geometry that costs are computed with."""

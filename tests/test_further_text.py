@@ -59,12 +59,11 @@ def problem_with_texts(texts=40, *, pieces=1.0, seed=0, **options):
     return problem, Text(plain.profile, truth, 0, spread=0.0)
 
 
-def test_pieces_are_whole_and_one_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("dmpq.further_text.PIECE_TOKENS", 40)
+def test_pieces_are_whole_and_one_is_kept(tmp_path):
     bank = Bank(MoEModel(build("olmoe"), name="tiny"), Menu.parse("2g16,16"))
     windows = np.random.default_rng(0).integers(0, 60, (7, 16))
     journal = JsonLines(tmp_path / "journal.jsonl")
-    further = FurtherText(bank, windows, journal=journal)
+    further = FurtherText(bank, windows, tokens=40, journal=journal)
     assert len(further) == 3
     assert [piece.tokens for piece in further] == [32] * 3
     assert further[1] is further[1]
@@ -75,7 +74,7 @@ def test_pieces_are_whole_and_one_is_kept(tmp_path, monkeypatch):
     with pytest.raises(IndexError):
         further[3]
     assert [piece.tokens for piece in further[1:]] == [32, 32]
-    assert len(FurtherText(bank, windows[:1])) == 0
+    assert len(FurtherText(bank, windows[:1], tokens=40)) == 0
     (kept,) = journal
     journal.close()
     assert kept["text"].startswith("further 2:")

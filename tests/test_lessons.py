@@ -105,6 +105,23 @@ def test_a_policy_goes_on_on_its_own_model_with_its_embedding():
     assert (again.policy.log_importance(problem) == first.policy.log_importance(problem)).all()
 
 
+def test_what_does_not_hold_on_a_model_left_out_is_not_proposed(policy):
+    """Importances at random teach nothing: what is learned by heart is shrunk away."""
+    rng = np.random.default_rng(0)
+    lessons = []
+    for seed in range(4):
+        problem = misread(3, 8, seed)
+        lessons.append(Lesson(problem, rng.normal(0, 0.5, 24), np.full(24, 1 / 24)))
+    random = learn(lessons, seed=0)
+    assert float(random.training["shrinkage"]) < 0.3
+    assert float(policy.training["shrinkage"]) > 0.7
+    other = misread(5, 10, 9)
+    by_heart = learn(lessons[:1], seed=0)  # nothing is told about other models
+    assert by_heart.training["shrinkage"] == "1.000"
+    spread = [float(np.std(one.log_importance(other))) for one in (random, by_heart)]
+    assert spread[0] < 0.3 * spread[1]
+
+
 def test_same_lessons_same_policy(policy):
     problem = misread(2, 6, 1)
     lesson = Lesson.of(problem, PPOAgent().search(problem, evaluations=30, seed=0))

@@ -73,8 +73,15 @@ FLOORS = [
     {"testing", "report", "console", "guard", "run_folder", "hardware_loop", "provenance"},
     {"hardware_files", "hardware_tables", "referee"},
     {"standings"},
-    {"hardware_explain", "hardware_fit", "hardware_measure", "compare_report", "front"},
-    {"search", "validate", "hardware", "compare", "pretrain"},
+    {
+        "hardware_explain",
+        "hardware_fit",
+        "hardware_measure",
+        "compare_report",
+        "front",
+        "additivity",
+    },
+    {"search", "validate", "hardware", "compare", "pretrain", "additivity"},
 ]
 
 

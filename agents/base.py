@@ -334,17 +334,27 @@ class Recorder:
         self._tokens += scores.tokens
         return scores
 
-    def hold(self, assignment: NDArray[np.integer]) -> None:
+    def hold(self, assignment: NDArray[np.integer], *, text: int | None = None) -> None:
         """Expect the next maps to be near this one (D,); see :meth:`Evaluator.hold`.
 
         What it costs is counted; it is no evaluation.
+
+        Args:
+            assignment: The map.
+            text: The further text that they are read on; ``None`` for the search's own.
         """
         expanded = self._problem.expand(np.asarray(assignment)[None])[0]
-        self.metered(lambda: self._problem.evaluator.hold(expanded))
+        evaluator = self._problem.evaluator if text is None else self._problem.further[text]
+        self.metered(lambda: evaluator.hold(expanded), evaluator)
 
-    def metered(self, work: Callable[[], T]) -> T:
-        """Return what some work returns, and count what it costs on the evaluator's model."""
-        evaluator = self._problem.evaluator
+    def metered(self, work: Callable[[], T], evaluator: Evaluator | None = None) -> T:
+        """Return what some work returns, and count what it costs on an evaluator's model.
+
+        Args:
+            work: What is done.
+            evaluator: Whose model; ``None`` for the problem's own evaluator.
+        """
+        evaluator = self._problem.evaluator if evaluator is None else evaluator
         before = evaluator.tokens_spent
         done = work()
         self._tokens += evaluator.tokens_spent - before

@@ -18,6 +18,10 @@ from dmpq.problem import Problem, Scores
 UPDATES_PER_TEXT: Final = 2
 """Updates that read one piece of further text, whose full-precision forward they share."""
 
+_PROBES_PER_TEXT: Final = 24
+_TEXTS_PER_PROBE: Final = 3
+"""Texts that each single step is read on: so many fewer steps are probed."""
+
 _FINALISTS: Final = 2
 """Where further text is read: the knapsack's map and what the policy came to believe."""
 
@@ -33,14 +37,15 @@ class ExpertIteration(BaseCallback):
     samples are the evaluations from which the planner learns. PPO's own gradient, of a few
     samples, is mostly noise near the knapsack's optimum; the regression reads all of them.
 
-    Where the problem has further text, maps are read on one piece after another, a few updates
-    each: a map's loss on one text is mostly that text's, and what many texts say of a decision is
-    what holds on the next. The policy's last mean is then evaluated on the search's own text, and
-    competes with the knapsack's map for the selection.
+    Where the problem has further text, maps are read on one piece after another: a map's loss on
+    one text is mostly that text's, and what many texts say of a decision is what holds on the
+    next. It begins with probes, single steps from the knapsack's map, each on several texts: they
+    tell what a decision in doubt is worth with all others as they are, with little noise, and
+    resume from that map's forward. At the end the policy's mean is evaluated on the search's own
+    text, and competes with the knapsack's map for the selection.
 
     Without further text, or with too few evaluations for it, all maps are evaluated on the
-    search's text. It begins with probes, single steps from the knapsack's map: they tell what each
-    decision in doubt is worth with all others as they are, and resume from that map's forward.
+    search's text, the probes too.
 
     Args:
         problem: What is searched.
@@ -85,6 +90,7 @@ class ExpertIteration(BaseCallback):
             problem, believed=None if believed is None else np.exp(believed)
         )
         self._text: int | None = None
+        self._probed = 0
         self._share = recorder.further_share
         texts = recorder.left / (self._per_text * self._share)
         self._reading = further and bool(problem.further) and texts >= _LEAST_TEXTS
@@ -111,10 +117,11 @@ class ExpertIteration(BaseCallback):
         policy = self.model.policy
         assert isinstance(policy, ImportancePolicy)
         update = self.num_timesteps // self._samples
-        if self._reading:
-            self._text = update // UPDATES_PER_TEXT % len(self._problem.further)
-        elif not update:
+        if not update:
             self._probe()
+        if self._reading:
+            texts = self._probed + update // UPDATES_PER_TEXT
+            self._text = texts % len(self._problem.further)
         self._imitate(policy)
         # What a wide sample says of importances is read as well as what a narrow one does.
         policy.set_std(self._std * (1.0 if self._reading else self._std_decay**update))
@@ -156,10 +163,26 @@ class ExpertIteration(BaseCallback):
     def _probe(self) -> None:
         """Measure the knapsack's neighbours, those in doubt first."""
         centre = self._problem.mckp()
-        maps = neighbours(self._problem, centre, count=self._probes)
-        if len(maps):
-            self._recorder.hold(centre)
-            self._recorder.evaluate(maps)
+        if not self._reading:
+            maps = neighbours(self._problem, centre, count=self._probes)
+            if len(maps):
+                self._recorder.hold(centre)
+                self._recorder.evaluate(maps)
+            return
+        total = int(self._probes / self._share)
+        maps = neighbours(self._problem, centre, count=max(total // _TEXTS_PER_PROBE, 1))
+        if not len(maps):
+            return
+        asked, per_text = 0, min(len(maps), _PROBES_PER_TEXT)
+        while (
+            asked + per_text <= total and self._recorder.left >= 1 + (2 + per_text) * self._share
+        ):
+            text = self._probed % len(self._problem.further)
+            chosen = np.arange(asked, asked + per_text) % len(maps)
+            self._recorder.read(centre[None], text=text)
+            self._recorder.hold(centre, text=text)
+            self._recorder.read(maps[chosen], text=text)
+            self._probed, asked = self._probed + 1, asked + per_text
 
     def _target_action(self) -> NDArray[np.float32]:
         """Return the action that the evaluations speak for, (D,)."""

@@ -434,3 +434,23 @@ def test_a_profile_of_another_signal_is_refused(finished, tmp_path, capsys):
     flags = [f"--profile={profile}", "--signal=gradient", f"--out={tmp_path / 'run'}"]
     assert main([*QUICK, *flags]) == 2
     assert "give --signal sensitivity" in capsys.readouterr().err
+
+
+def test_a_search_on_further_text_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("dmpq.further_text.PIECE_TOKENS", 256)
+    flags = [*QUICK[:-3], "--search-tokens=512", "--evaluations=40", *QUICK[-2:]]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*flags, "--further-tokens=2048", f"--out={one}"]) == 0
+    history = [json.loads(line) for line in (one / "history.jsonl").read_text().splitlines()]
+    texts = [line["text"] for line in history if "text" in line]
+    assert len(texts) > 40
+    assert len(set(texts)) >= 4
+    assert [line.get("text") for line in history][:: len(history) - 1] == [None, None]
+    shutil.copytree(one, two)
+    for name in ("bitmap.json", "history.jsonl", "summary.json"):
+        (two / name).unlink()
+    journal = (one / "journal.jsonl").read_text().splitlines(keepends=True)
+    (two / "journal.jsonl").write_text("".join(journal[: len(journal) * 2 // 3]))
+    assert main([*flags, "--further-tokens=2048", f"--out={two}"]) == 0
+    for name in ("bitmap.json", "history.jsonl", "journal.jsonl"):
+        assert (two / name).read_bytes() == (one / name).read_bytes()

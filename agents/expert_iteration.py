@@ -37,15 +37,15 @@ class ExpertIteration(BaseCallback):
     samples are the evaluations from which the planner learns. PPO's own gradient, of a few
     samples, is mostly noise near the knapsack's optimum; the regression reads all of them.
 
-    Where the problem has further text, maps are read on one piece after another: a map's loss on
-    one text is mostly that text's, and what many texts say of a decision is what holds on the
-    next. It begins with probes, single steps from the knapsack's map, each on several texts: they
+    Where the search's own text is small and the problem has further text, maps are read on one
+    piece after another: a map's loss on one text is mostly that text's, and what many texts say of
+    a decision is what holds on the next. It begins with probes, single steps from the knapsack's map, each on several texts: they
     tell what a decision in doubt is worth with all others as they are, with little noise, and
     resume from that map's forward. At the end the policy's mean is evaluated on the search's own
     text, and competes with the knapsack's map for the selection.
 
-    Without further text, or with too few evaluations for it, all maps are evaluated on the
-    search's text, the probes too.
+    Where the search's text is larger than a piece, or there are evaluations for few pieces only,
+    all maps are evaluated on the search's text, the probes too.
 
     Args:
         problem: What is searched.
@@ -93,7 +93,8 @@ class ExpertIteration(BaseCallback):
         self._probed = 0
         self._share = recorder.further_share
         texts = recorder.left / (self._per_text * self._share)
-        self._reading = further and bool(problem.further) and texts >= _LEAST_TEXTS
+        small = bool(problem.further) and self._share >= 1  # the search's text is a piece or less
+        self._reading = further and small and texts >= _LEAST_TEXTS
         if self._reading:
             recorder.finalists = _FINALISTS
 

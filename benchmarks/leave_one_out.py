@@ -45,7 +45,7 @@ ABOVE = (0.3, 0.8, 1.3)
 GRADIENT_TOKENS = 4096
 PIECE = 8192
 SMALL_PIECE = 2048
-"""Of further text, where there are tokens for few maps: more of them, on more texts."""
+"""Of text, where there are tokens for few maps: more of them, on more texts."""
 LESSON_EVALUATIONS = 200
 REFINED = 0.2
 MOST = 10**6
@@ -92,9 +92,12 @@ class Subject:
     ) -> Problem:
         """Return the problem at a budget, with so many tokens for evaluations."""
         session = self.session
+        windows = session.splits.search
         plain = session.problem(
             self.measured if measured else self.estimated,
-            evaluator=ModelEvaluator(session.bank, session.splits.search, label="search"),
+            evaluator=ModelEvaluator(
+                session.bank, windows[: piece // windows.shape[1]], label="search"
+            ),
             further=session.further(piece),
         )
         return replace(plain, constraints=Constraints(avg_bits=bits), max_tokens=tokens or None)

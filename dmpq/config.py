@@ -69,7 +69,9 @@ class SearchConfig:
     search_tokens: int = _option(65536, "calibration tokens per evaluation")
     selection_tokens: int = _option(65536, "fresh calibration tokens for the final choice")
     further_tokens: int = _option(
-        524288, "more calibration tokens, which ppo reads by and by (or as many as there are)"
+        524288,
+        "more calibration tokens, or what there is: ppo reads them where an evaluation has 8192 or "
+        "fewer",
     )
     heldout_tokens: int = _option(65536, "held-out tokens for the report")
     sequence_length: int | None = _option(

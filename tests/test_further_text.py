@@ -126,7 +126,7 @@ def test_what_was_read_cannot_be_the_result():
     assert [one.text for one in result.history] == [0, None]
 
 
-@pytest.mark.parametrize(("pieces", "evaluations"), [(1.0, 120), (0.25, 40)])
+@pytest.mark.parametrize(("pieces", "evaluations"), [(1.0, 120), (1.5, 180)])
 def test_ppo_spends_no_more_than_it_may(pieces, evaluations):
     problem, _ = problem_with_texts(pieces=pieces)
     seen = []
@@ -151,6 +151,12 @@ def test_ppo_spends_no_more_tokens_than_it_may():
 def test_few_evaluations_are_spent_on_the_search_s_own_text():
     problem, _ = problem_with_texts()
     result = PPOAgent().search(problem, evaluations=20, seed=0)
+    assert {one.text for one in result.history} == {None}
+
+
+def test_a_search_on_more_text_than_a_piece_stays_there():
+    problem, _ = problem_with_texts(pieces=0.5)
+    result = PPOAgent().search(problem, evaluations=100, seed=0)
     assert {one.text for one in result.history} == {None}
 
 

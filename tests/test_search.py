@@ -438,7 +438,7 @@ def test_a_profile_of_another_signal_is_refused(finished, tmp_path, capsys):
 
 def test_a_search_on_further_text_goes_on_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr("dmpq.further_text.PIECE_TOKENS", 256)
-    flags = [*QUICK[:-3], "--search-tokens=512", "--evaluations=40", *QUICK[-2:]]
+    flags = [*QUICK[:-3], "--search-tokens=256", "--evaluations=80", *QUICK[-2:]]
     one, two = tmp_path / "one", tmp_path / "two"
     assert main([*flags, "--further-tokens=2048", f"--out={one}"]) == 0
     history = [json.loads(line) for line in (one / "history.jsonl").read_text().splitlines()]

@@ -39,10 +39,10 @@ class ExpertIteration(BaseCallback):
 
     Where the search's own text is small and the problem has further text, maps are read on one
     piece after another: a map's loss on one text is mostly that text's, and what many texts say of
-    a decision is what holds on the next. It begins with probes, single steps from the knapsack's map, each on several texts: they
-    tell what a decision in doubt is worth with all others as they are, with little noise, and
-    resume from that map's forward. At the end the policy's mean is evaluated on the search's own
-    text, and competes with the knapsack's map for the selection.
+    a decision is what holds on the next. It begins with probes, single steps from the knapsack's
+    map, each on several texts: they tell what a decision in doubt is worth with all others as they
+    are, with little noise, and resume from that map's forward. At the end the policy's mean is
+    evaluated on the search's own text, and competes with the knapsack's map for the selection.
 
     Where the search's text is larger than a piece, or there are evaluations for few pieces only,
     all maps are evaluated on the search's text, the probes too.

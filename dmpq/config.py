@@ -70,8 +70,8 @@ class SearchConfig:
     selection_tokens: int = _option(65536, "fresh calibration tokens for the final choice")
     further_tokens: int = _option(
         524288,
-        "more calibration tokens, or what there is: ppo reads them where an evaluation has 8192 or "
-        "fewer",
+        "more calibration tokens, or what there is: ppo reads them where an evaluation has 8192 "
+        "or fewer",
     )
     heldout_tokens: int = _option(65536, "held-out tokens for the report")
     sequence_length: int | None = _option(

@@ -134,7 +134,7 @@ def test_ppo_spends_no_more_than_it_may(pieces, evaluations):
     result = search(problem, evaluations=evaluations, seed=0, on_candidate=seen.append)
     assert tuple(seen) == result.history
     assert evaluations - 1 - 19 * pieces < seen[-1].spent <= evaluations
-    assert len({one.text for one in seen} - {None}) >= 6
+    assert len({one.text for one in seen} - {None}) >= 5
     own = [one.assignment.tolist() for one in seen if one.text is None]
     assert own[0] == problem.mckp().tolist()
     assert result.evaluations == len(own) == 2

@@ -3,12 +3,11 @@
     python benchmarks/allocators.py
 
 For each seed a calibration draw of its own, and the defaults of ``python -m dmpq.search`` but for
-``--weights acc=1``. PPO profiles, searches, and lets fresh text decide between its map and MCKP's.
+``--weights acc=1``. PPO profiles, searches, and chooses among its finalists on fresh text.
 The same agent that learns nothing tries as many random perturbations of MCKP, and chooses
-likewise; one more learns without PPO's own gradient, one from the search's own text alone. MCKP
-spends the tokens that PPO has spent on a profile of more text. All are judged on held-out text, on
-which nothing is chosen. ``--out`` keeps every row as JSON, and ``--read`` prints the table of such
-files.
+likewise; one more learns without PPO's own gradient. MCKP spends the tokens that PPO has spent on
+a profile of more text. All are judged on held-out text, on which nothing is chosen. ``--out``
+keeps every row as JSON, and ``--read`` prints the table of such files.
 """
 
 from __future__ import annotations
@@ -39,13 +38,7 @@ BUDGETS = (2.5, 3.0, 3.5)
 SEARCHED: dict[str, dict[str, Any]] = {
     "ppo": {},
     "imitation": {"epochs": 0},  # the same without PPO's own gradient
-    "one text": {"further": False},
-    "perturbations": {
-        "learning_rate": 0.0,
-        "imitation": 0,
-        "probe_share": 0.0,
-        "further": False,
-    },
+    "perturbations": {"learning_rate": 0.0, "imitation": 0, "probe_share": 0.0},
 }
 
 

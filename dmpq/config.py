@@ -33,6 +33,9 @@ class SearchConfig:
     revision: str | None = _option(None, "revision of a hub model")
     dataset: str = _option("embedded", "'embedded', a local file or folder, or a hub name")
     bits: str = _option("2,3,4,8,16", "formats on offer, as in 2,3,4,8,16 or 2g32,4")
+    group_sizes: str | None = _option(
+        None, "weights per scale, as in 32,64,128: each width is offered with every one"
+    )
     quantizer: str = _option("hqq", "how weights are quantized", ("rtn", "hqq"))
     symmetric: bool = _option(False, "symmetric codes, without zero-points")
     serve: str = _option(

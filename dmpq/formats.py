@@ -109,14 +109,43 @@ class Menu:
 
     @classmethod
     def parse(
-        cls, keys: str | Iterable[str], *, quantizer: str = "hqq", symmetric: bool = False
+        cls,
+        keys: str | Iterable[str],
+        *,
+        quantizer: str = "hqq",
+        symmetric: bool = False,
+        group_sizes: str | None = None,
     ) -> Menu:
-        """Return the menu of comma-separated keys, for example ``"2,3,4,8,16"``."""
+        """Return the menu of comma-separated keys, for example ``"2,3,4,8,16"``.
+
+        Args:
+            keys: Of the formats.
+            quantizer: ``"rtn"`` or ``"hqq"``.
+            symmetric: Whether codes are symmetric around zero.
+            group_sizes: Comma-separated; each quantized format is offered in groups of every one.
+
+        Raises:
+            InputError: If a key, a group size or the quantizer is none, if a format is named
+                twice, or if a key names a group size beside those given for all.
+        """
         if quantizer not in QUANTIZERS:
             raise unknown("quantizer", quantizer, QUANTIZERS)
         names = keys.split(",") if isinstance(keys, str) else list(keys)
-        formats = tuple(Format.parse(name.strip()) for name in names if name.strip())
-        return cls(formats, quantizer, symmetric)
+        names = [name.strip() for name in names if name.strip()]
+        if group_sizes is not None:
+            own = next((name for name in names if "g" in name), None)
+            if own is not None:
+                raise InputError(
+                    f"The format {own!r} names its group, and group sizes are given for all; name "
+                    "them in one way."
+                )
+            sizes = [size.strip() for size in group_sizes.split(",") if size.strip()]
+            if not sizes:
+                raise InputError("No group sizes are given; write some, as in 32,64,128.")
+            quantized = [name for name in names if name != str(FULL_WIDTH)]
+            full = [name for name in names if name == str(FULL_WIDTH)]
+            names = [*(f"{name}g{size}" for name in quantized for size in sizes), *full]
+        return cls(tuple(map(Format.parse, names)), quantizer, symmetric)
 
     def __len__(self) -> int:
         """Return the number of formats."""

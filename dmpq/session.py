@@ -72,7 +72,9 @@ class Session:
     def menu(self) -> Menu:
         """The formats on offer."""
         c = self.config
-        return Menu.parse(c.bits, quantizer=c.quantizer, symmetric=c.symmetric)
+        return Menu.parse(
+            c.bits, quantizer=c.quantizer, symmetric=c.symmetric, group_sizes=c.group_sizes
+        )
 
     @cached_property
     def hardware(self) -> HardwareModel:

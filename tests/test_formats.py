@@ -49,3 +49,25 @@ def test_unknown_quantizer_is_named_with_the_closest():
 def test_group_that_does_not_divide_the_input_is_refused():
     with pytest.raises(InputError, match="does not divide an input width of 96"):
         Format(4, 64).group_along(96)
+
+
+def test_every_width_is_offered_in_groups_of_every_size():
+    menu = Menu.parse("2,3,16", group_sizes="32, 64,128")
+    assert menu.keys == ("2", "2g64", "2g32", "3", "3g64", "3g32", "16")
+    assert menu == Menu.parse("2,2g64,2g32,3,3g64,3g32,16")
+    assert Menu.parse("4", group_sizes="128") == Menu.parse("4")
+
+
+@pytest.mark.parametrize(
+    ("keys", "sizes", "words"),
+    [
+        ("2,4g32", "64", "'4g32' names its group"),
+        ("2,4", " ,", "No group sizes"),
+        ("2,4", "64,64", "names a format twice"),
+        ("2,4", "many", "2gmany"),
+        ("2,4", "-32", "2g-32"),
+    ],
+)
+def test_group_sizes_that_make_no_sense_are_refused(keys, sizes, words):
+    with pytest.raises(InputError, match=words):
+        Menu.parse(keys, group_sizes=sizes)

@@ -45,7 +45,9 @@ class ExpertIteration(BaseCallback):
     evaluated on the search's own text, and competes with the knapsack's map for the selection.
 
     Where the search's text is larger than a piece, or there are evaluations for few pieces only,
-    all maps are evaluated on the search's text, the probes too.
+    all maps are evaluated on the search's text, the probes too; and where latency or energy is
+    limited: maps within such limits are far apart, and the best one met is worth more than what
+    importances say.
 
     Args:
         problem: What is searched.
@@ -94,7 +96,8 @@ class ExpertIteration(BaseCallback):
         self._share = recorder.further_share
         texts = recorder.left / (self._per_text * self._share)
         small = bool(problem.further) and self._share >= 1  # the search's text is a piece or less
-        self._reading = further and small and texts >= _LEAST_TEXTS
+        exact = not problem.projection.priced  # only bits and memory are limited
+        self._reading = further and small and exact and texts >= _LEAST_TEXTS
         if self._reading:
             recorder.finalists = _FINALISTS
 

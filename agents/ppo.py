@@ -58,8 +58,8 @@ class PPOAgent:
         imitation_rate: Learning rate of the imitation.
         probe_share: Share of the evaluations that are single steps from the knapsack's map, where
             no further text is read.
-        further: Whether maps are read on the problem's further text, where it has some and the
-            search's own is no larger than a piece of it.
+        further: Whether maps are read on the problem's further text, where it has some, the
+            search's own is no larger than a piece of it, and only bits and memory are limited.
         start: A policy to go on from, whose map is evaluated after the knapsack's; with a single
             evaluation it is the result. It also says ``hidden``, ``embedding`` and ``log_scale``.
     """

@@ -15,6 +15,7 @@ from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.further_text import FurtherText
 from dmpq.moe import MoEModel
+from dmpq.objective import Constraints
 
 
 class Text:
@@ -157,6 +158,14 @@ def test_few_evaluations_are_spent_on_the_search_s_own_text():
 def test_a_search_on_more_text_than_a_piece_stays_there():
     problem, _ = problem_with_texts(pieces=0.5)
     result = PPOAgent().search(problem, evaluations=100, seed=0)
+    assert {one.text for one in result.history} == {None}
+
+
+def test_a_search_within_a_time_stays_on_its_own_text():
+    problem, _ = problem_with_texts(avg_bits=None)
+    middle = float(np.median(problem.costs(np.arange(5)[:, None].repeat(32, 1)).latency_s))
+    limited = replace(problem, constraints=Constraints(latency_s=middle))
+    result = PPOAgent().search(limited, evaluations=60, seed=0)
     assert {one.text for one in result.history} == {None}
 
 

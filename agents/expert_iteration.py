@@ -190,12 +190,7 @@ class ExpertIteration(BaseCallback):
 
     def _target_action(self) -> NDArray[np.float32]:
         """Return the action that the evaluations speak for, (D,)."""
-        history = self._recorder.history
-        importance = self._regression.posterior(
-            np.array([candidate.assignment for candidate in history]),
-            np.array([candidate.kl for candidate in history]),
-            np.array([-1 if candidate.text is None else candidate.text for candidate in history]),
-        )
+        importance = self._regression.believed_after(self._recorder.history)
         log_importance = np.log(np.maximum(importance, np.exp(-self._log_scale)))
         action: NDArray[np.float32] = np.clip(log_importance / self._log_scale, -1, 1)
         return action.astype(np.float32)

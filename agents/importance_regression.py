@@ -24,6 +24,7 @@ from numpy.linalg import LinAlgError
 from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve, helmert
 
+from dmpq.agents.base import Candidate
 from dmpq.evaluation import FAILURE_NATS
 from dmpq.problem import Problem
 
@@ -43,6 +44,9 @@ _TEXT_STDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8)
 
 _NOISE_SHARES: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Candidates for the noise, relative to the spread of what additive sensitivities miss."""
+
+_OWN_TEXT: Final = -1
+"""Number of the search's own text among the further ones."""
 
 _ROUNDING: Final = 1e-9
 """Share of the KL below which what additive sensitivities miss is rounding."""
@@ -72,6 +76,14 @@ class ImportanceRegression:
         layers = problem.per_decision(problem.spec.layer_of_expert.astype(np.float64)).astype(int)
         self._in_layer = layers[:, None] == np.unique(layers)
         self._stds = tuple(kind[len(kind) // 2] for kind in _candidates(several=True))
+
+    def believed_after(self, history: Sequence[Candidate]) -> Floats:
+        """Return the posterior mean importances, (D,), given a search's history."""
+        return self.posterior(
+            np.array([candidate.assignment for candidate in history]),
+            np.array([candidate.kl for candidate in history]),
+            np.array([_OWN_TEXT if one.text is None else one.text for one in history]),
+        )
 
     def posterior(
         self,

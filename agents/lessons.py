@@ -48,12 +48,7 @@ class Lesson:
     @classmethod
     def of(cls, problem: Problem, result: SearchResult) -> Lesson:
         """Return what a search's history teaches."""
-        history = result.history
-        importance = ImportanceRegression(problem).posterior(
-            np.array([candidate.assignment for candidate in history]),
-            np.array([candidate.kl for candidate in history]),
-            np.array([-1 if candidate.text is None else candidate.text for candidate in history]),
-        )
+        importance = ImportanceRegression(problem).believed_after(result.history)
         damage = problem.sensitivity[:, 0].clip(0)
         total = damage.sum()
         weight = damage / total if total > 0 else np.full(len(damage), 1 / len(damage))
@@ -175,8 +170,7 @@ def _observed(lesson: Lesson) -> tuple[th.Tensor, th.Tensor]:
     import torch as th
 
     problem = lesson.problem
-    arrays = np.array(problem.features)[None], np.array(problem.context)[None]
-    return th.from_numpy(arrays[0]), th.from_numpy(arrays[1])
+    return th.tensor(problem.features)[None], th.tensor(problem.context)[None]
 
 
 def _fitted(

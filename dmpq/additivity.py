@@ -29,7 +29,7 @@ from dmpq.console import (
 )
 from dmpq.errors import InputError
 from dmpq.files import JsonLines, replace_atomically
-from dmpq.run_folder import run_folder
+from dmpq.run_folder import only_run_in, run_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ class Agreement:
         maps: Their number.
         spearman: Rank correlation.
         r2: Share of the losses' variance that the best line through the sums explains.
-        ratio: Loss over sum, the median.
+        ratio: Loss over sum, the median; 1 where all sums are 0.
     """
 
     maps: int
@@ -66,12 +66,13 @@ class Agreement:
         """Return the agreement of n sums with n losses; correlations of equal values are 0."""
         from scipy.stats import spearmanr
 
+        known = predicted > 0
         varied = np.ptp(predicted) > 0 and np.ptp(lost) > 0
         return cls(
             maps=len(lost),
             spearman=float(spearmanr(predicted, lost).statistic) if varied else 0.0,
             r2=float(np.corrcoef(predicted, lost)[0, 1] ** 2) if varied else 0.0,
-            ratio=float(np.median(lost / predicted)),
+            ratio=float(np.median(lost[known] / predicted[known])) if known.any() else 1.0,
         )
 
 
@@ -211,34 +212,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reported(arguments: argparse.Namespace) -> int:
-    from dmpq.session import Session, check_numbers
+    from dmpq.session import Session, prepare
 
     quiet_libraries()
     config: SearchConfig = from_arguments(arguments)
-    check_numbers(config)
+    prepare(config)
     if min(arguments.maps, arguments.pairs) < 2:  # a correlation takes two
         raise InputError("--maps and --pairs need 2 or more each.")
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
     console = plain_console()
     with progress_bars(console) as show:
         session = Session(config, progress=show)
         session.check()
         folder = run_folder(config)
-        session.journal = JsonLines(folder / "journal.jsonl")
-        try:
-            problem = session.problem(session.profile(), evaluator=session.evaluator("search"))
-            report = measure_additivity(
-                problem,
-                maps=arguments.maps,
-                pairs=arguments.pairs,
-                seed=config.seed,
-                progress=lambda done, total: show("evaluating", done, total),
-            )
-        finally:
-            session.journal.close()
+        with only_run_in(folder):
+            session.journal = JsonLines(folder / "journal.jsonl")
+            try:
+                problem = session.problem(session.profile(), evaluator=session.evaluator("search"))
+                report = measure_additivity(
+                    problem,
+                    maps=arguments.maps,
+                    pairs=arguments.pairs,
+                    seed=config.seed,
+                    progress=lambda done, total: show("evaluating", done, total),
+                )
+            finally:
+                session.journal.close()
     _show(report, console)
     _write(report, folder / "additivity.json")
     console.print(f"  wrote {folder}/additivity.json", soft_wrap=True)

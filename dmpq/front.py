@@ -46,15 +46,11 @@ def front(config: SearchConfig, console: Console) -> None:
         InputError: If there is no such policy, or it does not fit the model.
     """
     from dmpq.agents.policy import Policy
-    from dmpq.session import Session, check_numbers
+    from dmpq.session import Session, prepare
 
     if config.policy is None:
         raise InputError("--front asks one policy for many budgets; name it by --policy.")
-    check_numbers(config)
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
+    prepare(config)
     policy = Policy.load(config.policy)
     with progress_bars(console) as show:
         session = Session(config, progress=show)

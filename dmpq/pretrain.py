@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -113,20 +114,17 @@ def pretrain(
         InputError: If a model cannot be searched, or the folder belongs to something else.
     """
     from dmpq.agents.lessons import learn
-    from dmpq.session import check_numbers
+    from dmpq.session import prepare
 
     if not above or not all(0 < bits <= _UNLIMITED for bits in above):
         raise InputError(f"--above {above} are no budgets; give bits from 0 to {_UNLIMITED:g}.")
     names = [Path(model).name for model in models]
     if len(set(names)) != len(names):
         raise InputError("Two models have one folder name, and would share a journal.")
-    check_numbers(config)
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
+    prepare(config)
     shared = replace(config, model=", ".join(models), out=None)
-    claim(folder, shared.digest(), asdict(shared), written={"policy.json"})
+    digest = hashlib.sha256(f"{shared.digest()} {list(above)}".encode()).hexdigest()[:12]
+    claim(folder, digest, asdict(shared) | {"above": list(above)}, written={"policy.json"})
     lessons: list[Lesson] = []
     with only_run_in(folder):
         for name, model in zip(names, models, strict=True):

@@ -137,13 +137,9 @@ def search(config: SearchConfig, console: Console) -> str:
     Raises:
         InputError: If the configuration asks for what cannot be; nothing is written then.
     """
-    from dmpq.session import Session, check_numbers
+    from dmpq.session import Session, prepare
 
-    check_numbers(config)
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
+    prepare(config)
     agent = make_agent(config.agent, policy=config.policy)
     with ExitStack() as alone:
         with progress_bars(console) as show:

@@ -348,6 +348,19 @@ class Session:
 _SIGNALS: Final = {"sensitivity": "evaluations", "gradient": "gradients"}
 
 
+def prepare(config: SearchConfig) -> None:
+    """Refuse numbers of no sense, and set torch's threads as a configuration asks.
+
+    Raises:
+        InputError: With the flag, the value and what is allowed.
+    """
+    check_numbers(config)
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+
+
 def check_numbers(config: SearchConfig) -> None:
     """Refuse numbers of no sense.
 

@@ -74,9 +74,8 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         InputError: If the map was made for other weights, or cannot be evaluated.
     """
     import numpy as np
-    import torch
 
-    from dmpq.session import Session, check_numbers
+    from dmpq.session import Session, prepare
 
     workload, text = bitmap.workload, dict(bitmap.text)
     text |= {
@@ -102,9 +101,7 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         threads=arguments.threads,
         tdp_w=arguments.tdp_w,
     )
-    check_numbers(config)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    prepare(config)
     session = Session(
         replace(config, profile_tokens=0, search_tokens=0, selection_tokens=0, further_tokens=0)
     )

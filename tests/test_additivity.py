@@ -75,6 +75,13 @@ def test_sums_that_say_little_are_said_to():
     assert "true losses" in report.verdict
 
 
+def test_where_nothing_is_lost_nothing_is_divided_by():
+    problem = make_problem(layers=2, experts=4, bits="16", avg_bits=None, weights="acc=1")
+    report = measure_additivity(problem, maps=3, pairs=2, seed=0)
+    assert (report.near.spearman, report.near.ratio) == (0.0, 1.0)
+    assert (report.within.pairs, report.within.mean) == (0, 0.0)
+
+
 def test_the_command_writes_and_shows(tmp_path, capsys):
     flags = ["--profile-tokens=256", "--search-tokens=256", "--selection-tokens=128"]
     flags += ["--heldout-tokens=128", "--bits=2,4,16", "--threads=1", "--maps=3", "--pairs=2"]

@@ -61,6 +61,13 @@ def test_the_same_command_goes_on_to_the_same_policy(models, taught, tmp_path):
     assert journal.read_text().splitlines(keepends=True) == lines
 
 
+def test_other_budgets_are_another_policy_s(models, taught, capsys):
+    kept = (taught / "policy.json").read_bytes()
+    assert main([*QUICK[:-1], "0.9", "--models", *models, f"--out={taught}"]) == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert (taught / "policy.json").read_bytes() == kept
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -111,7 +112,7 @@ def learn(
         with th.inference_mode():
             for parameter in network.body[-1].parameters():
                 parameter.mul_(factor)
-    names = sorted({lesson.problem.spec.name for lesson in lessons})
+    names = sorted({Path(lesson.problem.spec.name).name for lesson in lessons})
     return Policy(
         config=PolicyConfig(
             menu=first.menu.keys,

@@ -56,8 +56,7 @@ class PPOAgent:
         imitation: Optimizer steps per update that move the mean to the importances which all
             evaluations so far speak for (:mod:`dmpq.agents.expert_iteration`); 0 for none.
         imitation_rate: Learning rate of the imitation.
-        probe_share: Share of the evaluations that are single steps from the knapsack's map, where
-            no further text is read.
+        probe_share: Share of the evaluations that are single steps from the knapsack's map.
         further: Whether maps are read on the problem's further text, where it has some, the
             search's own is no larger than a piece of it, and only bits and memory are limited.
         start: A policy to go on from, whose map is evaluated after the knapsack's; with a single

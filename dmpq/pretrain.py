@@ -147,7 +147,13 @@ def _studied(
     from dmpq.agents.ppo import PPOAgent
     from dmpq.session import Session
 
-    session = Session(config, journal) if progress is None else Session(config, journal, progress)
+    name = Path(config.model).name
+
+    def shown(stage: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"{name}: {stage}", done, total)
+
+    session = Session(config, journal, shown)
     session.check()
     profile, found = session.profile(), list[Lesson]()
     for bits in above:
@@ -157,10 +163,10 @@ def _studied(
         narrowest = np.zeros((1, free.num_decisions), np.int64)
         limit = float(free.effective_bits(narrowest)[0]) + bits
         problem = replace(free, constraints=Constraints(avg_bits=limit))
-        stage = f"searching {Path(config.model).name}, {limit:.2f} bits"
+        stage = f"searching, {limit:.2f} bits"
 
         def told(one: Candidate, stage: str = stage) -> None:
-            session.progress(stage, int(one.spent), config.evaluations)
+            shown(stage, int(one.spent), config.evaluations)
 
         result = PPOAgent().search(
             problem, evaluations=config.evaluations, seed=config.seed, on_candidate=told

@@ -35,6 +35,7 @@ def taught(models, tmp_path_factory):
 def test_a_policy_for_any_model_is_written(taught):
     policy = Policy.load(taught)
     assert policy.training["lessons"] == "4"
+    assert policy.training["models"] == "one, two"
     assert policy.config.embedding == 0
     assert {path.name for path in taught.glob("journal-*")} == {
         "journal-one.jsonl",

@@ -43,8 +43,10 @@ class EvoPressAgent:
     A switch widens a decision by one format and narrows others of the same size, at random, until
     bits and memory are within the limits again: one where the menu's steps are equal, as in the
     original, several where they are not (4 to 8 bits against 4 to 3). Offspring beyond a limit on
-    latency or energy are dropped. A generation's offspring are screened on small shares of the
-    text, the survivors and the parent are evaluated on all of it, and the best is the next parent.
+    latency or energy are dropped; with such a limit, where a format that the map has not costs a
+    launch, every other mutation exchanges the formats of two decisions instead. A generation's
+    offspring are screened on small shares of the text, the survivors and the parent are evaluated
+    on all of it, and the best is the next parent.
     A screened map counts as its share of an evaluation (:meth:`dmpq.agents.Recorder.screen`). What
     is left when a generation no longer fits goes to offspring that nothing has screened.
 
@@ -173,8 +175,9 @@ def _offspring(problem: Problem, parent: Ints, *, count: int, rng: np.random.Gen
     """Return distinct mutations of a map within every limit, at most ``count``, (n, D)."""
     kinds = np.unique(problem.sizes, axis=0, return_inverse=True)[1].ravel()
     found: dict[bytes, Ints] = {}
+    mutations = (_mutated, _exchanged) if problem.projection.priced else (_mutated,)
     for _ in range(_TRIES):
-        drawn = [_mutated(problem, parent, kinds, rng) for _ in range(count)]
+        drawn = [mutations[i % len(mutations)](problem, parent, kinds, rng) for i in range(count)]
         maps = np.array([one for one in drawn if one is not None], np.int64)
         if len(maps):
             maps = maps[(maps != parent).any(1) & problem.feasible(maps)]
@@ -182,6 +185,22 @@ def _offspring(problem: Problem, parent: Ints, *, count: int, rng: np.random.Gen
         if len(found) >= count:
             break
     return np.array([*found.values()][:count], np.int64).reshape(-1, len(parent))
+
+
+def _exchanged(
+    problem: Problem, parent: Ints, kinds: Ints, rng: np.random.Generator
+) -> Ints | None:
+    """Return a map with the formats of some pairs exchanged, or ``None`` where all are alike."""
+    del problem
+    child = parent.copy()
+    for _ in range(min(rng.integers(1, _MOST_SWITCHES + 1, size=2))):
+        one = int(rng.integers(len(child)))
+        others = np.flatnonzero((child != child[one]) & (kinds == kinds[one]))
+        if not others.size:
+            return None
+        other = int(rng.choice(others))
+        child[one], child[other] = child[other], child[one]
+    return child
 
 
 def _mutated(problem: Problem, parent: Ints, kinds: Ints, rng: np.random.Generator) -> Ints | None:

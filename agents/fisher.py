@@ -27,6 +27,14 @@ class FisherAgent(OneMapAgent):
     signal: ClassVar[str] = "squared gradients"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 2306.07629"
+    reads: ClassVar[str] = "nothing"
+
+    @property
+    def forwards(self) -> float:
+        """What the gradients cost, in forwards of the search's text."""
+        from dmpq.curvature import FISHER_COST
+
+        return FISHER_COST
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,).

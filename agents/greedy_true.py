@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dmpq.agents.base import OnCandidate, Recorder, SearchResult
 from dmpq.agents.greedy import gains_per_bit, widenings
+from dmpq.agents.neighbours import neighbours
 from dmpq.errors import InputError
 from dmpq.problem import Problem
 
@@ -29,6 +30,11 @@ class GreedyTrueAgent:
     out; where none of them gains, the next are measured. The last evaluation is kept for the map
     that the surrogate fills up from there. The first one is the greedy map itself, so that the
     result is never worse than that.
+
+    Within limits on latency or energy no single widening leads away from the smallest map, since
+    the first expert of another format costs a launch. There the search climbs from the knapsack's
+    map by exchanges (:mod:`dmpq.agents.neighbours`), those in doubt first: of ``candidates`` that
+    are measured, the one that gains most is taken, until none gains.
 
     Attributes:
         candidates: Steps measured for each that is taken.
@@ -56,6 +62,9 @@ class GreedyTrueAgent:
         """Return the best map measured. Nothing depends on the seed."""
         del seed
         recorder = Recorder(problem, evaluations=evaluations, on_candidate=on_candidate)
+        if problem.projection.priced:
+            self._climb(problem, recorder)
+            return recorder.result()
         smallest = problem.project(problem.sizes.astype(np.float64))
         path = [smallest, *widenings(problem, smallest)]
         recorder.evaluate(path[-1][None])
@@ -86,6 +95,24 @@ class GreedyTrueAgent:
         if recorder.remaining:
             recorder.evaluate(choice[None])
         return recorder.result()
+
+    def _climb(self, problem: Problem, recorder: Recorder) -> None:
+        """Exchange from the knapsack's map on, for as long as an exchange gains."""
+        choice = problem.mckp()
+        best = recorder.evaluate(choice[None]).reward[0]
+        while recorder.remaining:
+            recorder.hold(choice)
+            maps = neighbours(problem, choice, count=recorder.remaining)
+            for start in range(0, len(maps), self.candidates):
+                tried = maps[start : start + self.candidates][: recorder.remaining]
+                if not len(tried):
+                    return
+                rewards = recorder.evaluate(tried).reward
+                if rewards.max() > best:
+                    choice, best = tried[rewards.argmax()], rewards.max()
+                    break
+            else:
+                return
 
     def _steps(self, problem: Problem, choice: Ints, out: NDArray[np.bool_]) -> Ints:
         """Return the steps of most gain by the surrogate that fit, one a decision, (n, 2).

@@ -68,6 +68,7 @@ class HessianLayerAgent(_HessianAgent):
     signal: ClassVar[str] = "Hessian trace, in layers"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 1911.03852"
+    reads: ClassVar[str] = "nothing"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,).
@@ -87,6 +88,7 @@ class HessianModelAgent(_HessianAgent):
     signal: ClassVar[str] = "Hessian trace"
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "arXiv 1911.03852"
+    reads: ClassVar[str] = "nothing"
 
     def propose(self, problem: Problem) -> NDArray[np.int64]:
         """Return the map, (D,).

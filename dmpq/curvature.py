@@ -29,6 +29,9 @@ HESSIAN_PRODUCT_COST: Final = BACKWARD_COST * (1 + BACKWARD_COST)
 """FLOPs of a Hessian-vector product in those of a forward pass: a backward pass through both the
 forward and the backward pass, which are kept."""
 
+FISHER_COST: Final = 1 + BACKWARD_COST
+"""What :func:`empirical_fisher` costs, in forwards of its text."""
+
 
 def squared_perturbation(bank: Bank) -> Floats:
     """Return the squared change of each expert's weights in each format, (N, B)."""
@@ -59,7 +62,7 @@ def empirical_fisher(evaluator: ModelEvaluator) -> Floats:
             flat = (square for pair in squares for square in pair)
             for square, gradient in zip(flat, gradients, strict=True):
                 square.add_(gradient.float().square(), alpha=1 / len(windows))
-    evaluator.charge(evaluator.tokens * (1 + BACKWARD_COST))
+    evaluator.charge(evaluator.tokens * FISHER_COST)
     oriented = [
         tuple(layer.experts.oriented(square) for square in pair)
         for layer, pair in zip(bank.layers, squares, strict=True)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dmpq.errors import InputError
 from dmpq.knapsack import Mckp, solve_mckp_multi
+from dmpq.launches import GroupMenus
 from dmpq.local_search import descended, improved
 from dmpq.relaxation import Relaxation
 
@@ -26,6 +27,9 @@ _PRICE_STEPS: Final = 12
 _BISECTIONS: Final = 16
 _ROUNDS: Final = 3
 """Times that each multiplier is found anew for the others' last values."""
+
+_ROOMS: Final = 4
+"""Times that groups are given another room."""
 
 _ROUNDING: Final = 0.5e-12
 """Share by which a cost may exceed its limit: half of what :mod:`dmpq.limits` forgives."""
@@ -63,9 +67,9 @@ class Projection:
 
     Exact for limits on bits and memory. Latency and energy do not add up (a launch per width):
     each has a multiplier that prices its linearised shares, relative to its limit, and each is
-    bisected in turn until the full cost model agrees; maps found so, and the best of every set of
-    formats at those prices, are then improved by single changes and exchanges, all of them checked
-    against the full cost model.
+    bisected in turn until the full cost model agrees; maps found so, the best of every set of
+    formats at those prices, and those of :mod:`dmpq.launches`, are then improved by single changes
+    and exchanges, all of them checked against the full cost model.
 
     Attributes:
         sizes: Stored bits of each decision in each format, (D, B).
@@ -179,7 +183,8 @@ class Projection:
             shares = sum(self.priced.values(), np.zeros(values.shape))
             self._least_price([*range(len(self.priced))], values, shares, together)
         subsets = self._of_subsets(values, found)
-        maps = np.array([*self.cheapest, *found.tried, *together, *subsets])
+        by_group = self._of_groups(values)
+        maps = np.array([*self.cheapest, *found.tried, *together, *subsets, *by_group])
         maps = np.unique(maps, axis=0)
         maps = maps[self.feasible(maps)]
         rows = np.arange(len(values))
@@ -190,6 +195,62 @@ class Projection:
         order = np.argsort(values[rows, maps].sum(1), kind="stable")[:_STARTS]
         starts = (improved(maps[k], values, self.groups, self._excess) for k in order)
         return min(starts, key=worth)
+
+    def _of_groups(self, values: Floats) -> Iterable[Ints]:
+        """Yield the best maps by groups, with as much room as the full cost model leaves them."""
+        columns = self._group_menus.columns(values)
+        room, fits, met = 1 - self._fixed_shares, None, set[bytes]()
+        for _ in range(_ROOMS):
+            found = self._group_menus.best(columns, room)
+            if found is None or found.tobytes() in met:
+                return
+            yield found
+            met.add(found.tobytes())
+            left = 1 - self.usage(found[None])[0]
+            if (left >= 0).all():
+                fits = room
+                room = room + left
+            else:
+                room = room + left if fits is None else (fits + room) / 2
+
+    @cached_property
+    def _group_menus(self) -> GroupMenus:
+        """The limits as groups see them, launches included."""
+        formats = self.sizes.shape[1]
+        _, firsts, groups = np.unique(self.groups, return_index=True, return_inverse=True)
+        return GroupMenus(
+            shares=self._shares,
+            launches=np.stack([self._launches(row) for row in firsts.tolist()], axis=1),
+            taken=self.exact / np.maximum(self.limits, 1)[:, None, None],
+            groups=groups,
+            sets=np.array([np.isin(np.arange(formats), one) for one in _subsets(formats)]),
+        )
+
+    @cached_property
+    def _shares(self) -> Floats:
+        return np.array([*self.priced.values()]).reshape(-1, *self.sizes.shape)
+
+    def _launches(self, row: int) -> Floats:
+        """Return what formats take of the priced limits by being present in a decision's group.
+
+        What the decision takes in a format that no other has, beyond its linearised share, (P, B).
+        """
+        formats = np.arange(self.sizes.shape[1])
+        others = np.roll(formats, -1)
+        maps = np.repeat(others[:, None], len(self.sizes), axis=1)
+        without = self.usage(maps).T - self._shares[:, row, others]
+        maps[:, row] = formats
+        launches: Floats = self.usage(maps).T - without - self._shares[:, row]
+        return np.maximum(launches, 0.0)
+
+    @cached_property
+    def _fixed_shares(self) -> Floats:
+        """What is taken of the priced limits beside shares and launches, (P,), at the least."""
+        menus, formats = self._group_menus, np.arange(self.sizes.shape[1])
+        maps = np.repeat(formats[:, None], len(self.sizes), axis=1)
+        known = menus.shares.sum(1) + menus.launches.sum(1)
+        fixed: Floats = (self.usage(maps).T - known).min(1)
+        return fixed
 
     def feasible(self, maps: Assignments) -> NDArray[np.bool_]:
         """Return whether maps (K, D) meet every limit, (K,)."""

@@ -8,7 +8,9 @@ evaluations of whole forwards and of the final choice:
   not charged for it, and evaluates more.
 - An agent that evaluates a single map has a larger profile, as large as ``T`` pays for. Where it
   reads no sensitivities, that profile comes from gradients, which are many times cheaper, on as
-  much text as there is.
+  much text as there is. Where it measures a signal of its own (Fisher, Hessian) and reads no
+  profile, it is not charged for one, and measures on as much text as ``T`` pays for, up to
+  131,072 tokens, whose full-precision predictions have to be kept in memory.
 - Two controls always run: ``mckp``, the exact knapsack on the larger profile, and for each agent
   that has one its own control at learning rate 0. ``mckp, small`` is the knapsack on the profile
   that searches start from.
@@ -29,6 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from dmpq.config import SearchConfig
 from dmpq.contest import Contest
 from dmpq.errors import InputError
@@ -37,6 +41,7 @@ from dmpq.guard import make_agent, run_agent
 
 if TYPE_CHECKING:
     from dmpq.agents import Agent, Candidate
+    from dmpq.data import Windows
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.problem import Problem
     from dmpq.profile import Profile, Signal
@@ -63,6 +68,8 @@ _KEPT_FORWARDS: Final = 12
 _BATCHES: Final = 16
 """Into which the search text is cut, so that an evaluation can be had in sixteenths."""
 _LARGEST_BATCH: Final = 4096
+_MOST_OWN_TEXT: Final = 131_072
+"""Tokens on which an agent's own signal is measured at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +323,8 @@ class Group:
     def larger_profile(self, entrant: Entrant) -> Profile:
         """Return the profile that takes all that is allowed but an entrant's own forwards.
 
+        Whoever reads none has the one that searches start from, which prices need too.
+
         Raises:
             InputError: If these alone are more than is allowed.
         """
@@ -323,12 +332,14 @@ class Group:
 
         small, config = self.profile, self._config
         needed = math.ceil(entrant.forwards) + 2  # full precision, and its map
-        if self.allowed - needed * config.search_tokens < small.cost_tokens:
+        spare = self.allowed - (small.cost_tokens if entrant.charged else 0.0)
+        if spare < needed * config.search_tokens:
             raise InputError(
-                f"{entrant.label} takes {needed} forwards of the search text, and "
-                f"{self.allowed:,.0f} tokens are not enough for them and a profile; raise "
-                "--evaluations."
+                f"{entrant.label} takes {needed} forwards of the search text, and the "
+                f"{spare:,.0f} tokens left for them are not enough; raise --evaluations."
             )
+        if not entrant.charged:
+            return small
         left = self.allowed - max(_KEPT_FORWARDS, needed) * config.search_tokens
         splits, signal = self.session.splits, entrant.signal
         per_token, most = small.cost_tokens / small.tokens, math.inf
@@ -351,11 +362,28 @@ class Group:
             session.profile().save(path)
         return Profile.load(path)
 
-    def _evaluator(self, role: str, *, batches: int = 1) -> ModelEvaluator:
-        """Return an evaluator that has been asked nothing yet."""
+    def _searched(self, entrant: Entrant) -> ModelEvaluator:
+        """Return an entrant's evaluator: on the search's text, and on more for its own signal."""
+        if not entrant.larger or entrant.charged or not entrant.forwards:
+            return self._evaluator("search", batches=_BATCHES)
+        splits = self.session.splits
+        tokens = min(self.allowed / (entrant.forwards + 2), _MOST_OWN_TEXT)
+        count = max(int(tokens) // splits.search.shape[1], len(splits.search))
+        return self._evaluator("search", np.concatenate([splits.search, splits.further])[:count])
+
+    def _evaluator(
+        self, role: str, windows: Windows | None = None, *, batches: int = 1
+    ) -> ModelEvaluator:
+        """Return an evaluator that has been asked nothing yet.
+
+        Args:
+            role: Of the text.
+            windows: The text; ``None`` for the role's own.
+            batches: Into which it is cut at least.
+        """
         from dmpq.model_evaluator import ModelEvaluator
 
-        windows = getattr(self.session.splits, role)
+        windows = getattr(self.session.splits, role) if windows is None else windows
         return ModelEvaluator(
             self.session.bank,
             windows,
@@ -372,7 +400,7 @@ class Group:
         profile = self.larger_profile(entrant) if entrant.larger else self.profile
         problem = self.session.problem(
             profile,
-            evaluator=self._evaluator("search", batches=_BATCHES),
+            evaluator=self._searched(entrant),
             selector=None if entrant.larger else self._evaluator("selection"),
             further=() if entrant.larger else self.session.further(),
         )

@@ -62,7 +62,7 @@ FLOORS = [
     {"quantization", "moe", "data", "replay"},
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
-    {"knapsack", "local_search", "objective"},
+    {"knapsack", "launches", "local_search", "objective"},
     {"decisions", "features", "contest"},
     {"relaxation"},
     {"projection"},

@@ -106,6 +106,7 @@ def test_controls_always_run_and_one_map_agents_have_the_larger_profile():
     assert list(found) == ["mckp", "mckp, small", "ppo", "ppo, rate 0", "random", "fisher"]
     assert [one.larger for one in found.values()] == [True, False, False, False, False, True]
     assert not found["random"].charged
+    assert not found["fisher"].charged
     assert found["random"].signal == found["fisher"].signal == found["mckp"].signal
     control = found["ppo, rate 0"].agent
     assert (control.learning_rate, control.imitation, control.probe_share) == (0.0, 0, 0.0)
@@ -160,14 +161,24 @@ def test_every_agent_meets_every_contest_within_what_is_allowed(compared):
             assert one.tokens > one.allowed - 2 * CONFIG.search_tokens - 9 * 256
 
 
-def test_a_dear_signal_is_paid_from_the_profile(tmp_path):
-    """A Hessian trace takes 99 forwards of the search's text."""
-    own = replace(CONFIG, search_tokens=128, evaluations=130)
-    plan = replace(PLAN, config=own, contests=PLAN.contests[:1], agents=("hessian-model",))
-    mckp, _, hessian = Group(plan, "reference", 0, tmp_path).run()
-    assert hessian.tokens <= hessian.allowed
-    assert mckp.tokens <= mckp.allowed
-    poor = replace(plan, config=replace(own, evaluations=50))
+def test_what_measures_a_signal_of_its_own_pays_for_no_profile(tmp_path):
+    """A Hessian trace takes 99 forwards of its text, a Fisher information 3."""
+    own = replace(CONFIG, search_tokens=128, evaluations=130, further_tokens=4096)
+    plan = replace(
+        PLAN, config=own, contests=PLAN.contests[:1], agents=("hessian-model", "fisher")
+    )
+    group = Group(plan, "reference", 0, tmp_path)
+    found = {one.agent: one for one in group.run()}
+    allowed = group.allowed
+    assert all(one.tokens <= allowed for one in found.values())
+    # 101 and 5 forwards of whole windows of 64 tokens, less what a map resumes; Fisher reads all
+    # the text that there is.
+    hessian, fisher = 101 * (int(allowed / 101) // 64 * 64), 5 * (128 + 4096)
+    assert hessian * 0.99 < found["hessian-model"].tokens <= hessian
+    assert fisher * 0.95 < found["fisher"].tokens <= fisher
+    poor = replace(
+        plan, config=replace(own, profile_tokens=64, evaluations=2, selection_tokens=64)
+    )
     with pytest.raises(InputError, match="takes 101 forwards of the search text"):
         list(Group(poor, "reference", 0, tmp_path / "poor").run())
 

@@ -1,0 +1,76 @@
+"""Maps chosen group by group, launches included, against brute force."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dmpq.launches import GroupMenus
+
+FORMATS = 3
+GROUPS = np.repeat([0, 1], 3)
+SETS = np.array([s for s in product([False, True], repeat=FORMATS) if any(s)])
+EVERY = np.array(list(product(range(FORMATS), repeat=len(GROUPS))))
+ROWS = np.arange(len(GROUPS))
+
+
+def drawn(seed, *, budgets=0):
+    """Wider formats take more and lose less; a launch takes as much as some decisions."""
+    rng = np.random.default_rng(seed)
+    values = -np.sort(-rng.exponential(size=(6, FORMATS)), axis=1)
+    return values, GroupMenus(
+        shares=np.sort(rng.uniform(0.02, 0.1, (1, 6, FORMATS)), axis=2),
+        launches=rng.uniform(0.05, 0.15, (1, 2, FORMATS)),
+        taken=np.sort(rng.uniform(0.05, 0.3, (budgets, 6, FORMATS)), axis=2),
+        groups=GROUPS,
+        sets=SETS,
+    )
+
+
+def usage(menus, maps):
+    """The slow twin: shares and launches of maps, (K,)."""
+    total = menus.shares[0][ROWS, maps].sum(1)
+    for i, one in enumerate(maps):
+        for group in (0, 1):
+            total[i] += menus.launches[0, group, np.unique(one[group == GROUPS])].sum()
+    return total
+
+
+@pytest.mark.parametrize("budgets", [0, 1])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), room=st.floats(0.5, 1.2))
+def test_maps_are_within_the_limits_and_near_the_best(budgets, seed, room):
+    values, menus = drawn(seed, budgets=budgets)
+    fits = usage(menus, EVERY) <= room
+    if budgets:
+        fits &= menus.taken[0][ROWS, EVERY].sum(1) <= 1
+    found = menus.best(menus.columns(values), np.array([room]))
+    if found is None:
+        # Columns are the best at some prices: the smallest map is, so that it would be found.
+        assert not fits.any() or usage(menus, np.zeros((1, 6), int))[0] > room or budgets
+        return
+    assert usage(menus, found[None])[0] <= room * (1 + 1e-9)
+    assert fits[(found == EVERY).all(1)].all()
+    worth = values[ROWS, EVERY].sum(1)
+    best, worst = worth[fits].min(), worth[fits].max()
+    # What no price reaches is left to single changes: a share of what is at stake.
+    assert values[ROWS, found].sum() <= best + 0.35 * (worst - best) + 1e-9
+
+
+def test_it_sees_launches_that_prices_of_decisions_cannot():
+    """One group with a second format is worth more than a second format in each."""
+    values = np.tile([3.0, 1.0], (6, 1))
+    values[0] = [3.2, 1.0]
+    values[3] = [3.1, 1.0]
+    menus = GroupMenus(
+        shares=np.tile([0.0, 0.1], (1, 6, 1)),
+        launches=np.full((1, 2, 2), 0.2),
+        taken=np.zeros((0, 6, 2)),
+        groups=GROUPS,
+        sets=np.array([[True, False], [False, True], [True, True]]),
+    )
+    # Two launches are 0.4; 0.3 are left: a third launch and one decision, or all of one group.
+    found = menus.best(menus.columns(values), np.array([0.7]))
+    assert found.tolist() == [1, 1, 1, 0, 0, 0]

@@ -55,6 +55,7 @@ _AGENTS: Final = {
     "nsga2": "dmpq.agents.nsga2:NSGA2Agent",
     "bandit": "dmpq.agents.bandit:BanditAgent",
     "greedy-true": "dmpq.agents.greedy_true:GreedyTrueAgent",
+    "clado": "dmpq.agents.clado:CladoAgent",
 }
 
 

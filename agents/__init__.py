@@ -4,7 +4,7 @@ Importing this package imports no learning library; an agent's module is importe
 """
 
 from dmpq.agents.base import Agent, Candidate, OutOfEvaluations, Recorder, SearchResult
-from dmpq.agents.registry import Facts, facts, make, names
+from dmpq.agents.registry import Facts, facts, find, make, names
 
 __all__ = [
     "Agent",
@@ -14,6 +14,7 @@ __all__ = [
     "Recorder",
     "SearchResult",
     "facts",
+    "find",
     "make",
     "names",
 ]

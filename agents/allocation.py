@@ -28,8 +28,8 @@ _TIE: Final = 1e-6
 """How much equal signals are told apart, relative."""
 
 
-def by_high_resolution(problem: Problem, signal: Floats, *, spread_ties: bool = False) -> Ints:
-    """Return the map of least damage where a weight's damage at width b is ``signal * 4^-b``.
+def high_resolution(problem: Problem, signal: Floats, *, spread_ties: bool = False) -> Floats:
+    """Return damages, (D, B), where a weight's at width b is ``signal * 4^-b``; 1 at most.
 
     The high-resolution law of uniform quantization (Gray and Neuhoff, "Quantization", IEEE
     Transactions on Information Theory, 1998, section II): a bit more halves the error. Four times
@@ -45,17 +45,18 @@ def by_high_resolution(problem: Problem, signal: Floats, *, spread_ties: bool = 
         signal = signal * (1 + _TIE * _even(len(signal)))
     per_decision = problem.per_decision(signal) * problem.decision_weights
     values = per_decision[:, None] * 4.0 ** -problem.menu.bits.astype(float)
-    return problem.project(values / (values.max() or 1.0))
+    damages: Floats = values / (values.max() or 1.0)
+    return damages
 
 
 def with_more_bits(
     problem: Problem, signal: Floats, chosen: NDArray[np.bool_], bits: float
-) -> Ints:
-    """Return the map of a signal where the chosen experts deserve so many bits more than theirs.
+) -> Floats:
+    """Return a signal's damages, (D, B), where chosen experts deserve so many more bits.
 
     Args:
         problem: What is searched.
-        signal: (N,), as in :func:`by_high_resolution`.
+        signal: (N,), as in :func:`high_resolution`.
         chosen: (N,), which experts are protected.
         bits: How many more, as near as menu and budget allow.
 
@@ -65,7 +66,7 @@ def with_more_bits(
     if not 0 <= bits <= 16:
         raise InputError(f"extra_bits is {bits!r}; give a number from 0 to 16.")
     raised = signal * np.where(chosen, 4.0**bits, 1.0)
-    return by_high_resolution(problem, raised, spread_ties=True)
+    return high_resolution(problem, raised, spread_ties=True)
 
 
 def two_widths(problem: Problem, wider: Callable[[int], NDArray[np.bool_]]) -> Ints:

@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.programs import by_decision, model_evaluator, solve_model
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class FisherAgent(OneMapAgent):
+class FisherAgent(AdditiveAgent):
     """Minimises ``sum_i g_i^2 dW_i^2`` over the whole model; one evaluation, and gradients.
 
     ``g`` is the loss's gradient with respect to a weight of an expert, ``dW`` what the format
@@ -36,8 +36,8 @@ class FisherAgent(OneMapAgent):
 
         return FISHER_COST
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map, (D,).
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the weighted squared weight changes, (D, B).
 
         Raises:
             InputError: If the problem's evaluator runs no model.
@@ -45,4 +45,8 @@ class FisherAgent(OneMapAgent):
         evaluator = model_evaluator(problem, self.name)
         from dmpq.curvature import empirical_fisher
 
-        return solve_model(problem, by_decision(problem, empirical_fisher(evaluator)))
+        return by_decision(problem, empirical_fisher(evaluator))
+
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the map, (D,)."""
+        return solve_model(problem, values)

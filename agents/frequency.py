@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.allocation import by_high_resolution
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
+from dmpq.agents.allocation import high_resolution
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrequencyAgent(OneMapAgent):
+class FrequencyAgent(AdditiveAgent):
     """Ranks by activation frequency alone and spends the budget exactly: one evaluation.
 
     The "Freq" heuristic of QuantMoE-Bench (arXiv 2406.08155), which gives the most frequently
@@ -30,6 +30,6 @@ class FrequencyAgent(OneMapAgent):
     source: ClassVar[str] = "arXiv 2406.08155"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the frequency map, (D,)."""
-        return by_high_resolution(problem, problem.profile.frequency)
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the damages that frequencies stand for, (D, B)."""
+        return high_resolution(problem, problem.profile.frequency)

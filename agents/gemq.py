@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.programs import by_decision, solve_model, wanted
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class GemqAgent(OneMapAgent):
+class GemqAgent(AdditiveAgent):
     """Minimises the profile's ``proxy`` over the whole model; one evaluation.
 
     The cost of expert e at width b is ``sum_t sum_d g_td^2 err_td^2``: the squared gradient of the
@@ -26,8 +26,9 @@ class GemqAgent(OneMapAgent):
     experts' own; the residual sum makes them equal, except where a family norms or scales what
     its experts return. Budgets are effective bits, and shared experts are not counted in them.
     Floors that the limits cannot pay for are dropped, the 2-bit ones first. Router fine-tuning is
-    no allocation and is left out; so is progressive re-scoring, which measures the costs again on
-    the model quantized with the last map: a profile is that of the full-precision model.
+    no allocation and is left out. Progressive re-scoring, which measures the costs again on the
+    model quantized with the last map, is ``rescore``: by true losses of single steps instead of
+    new gradients, a profile being that of the full-precision model, and at one budget.
 
     Attributes:
         at_least: Widths that every layer has at least once; empty for none. The authors' menu is
@@ -42,7 +43,10 @@ class GemqAgent(OneMapAgent):
 
     at_least: tuple[int, ...] = (3, 2)
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map, (D,)."""
-        values = by_decision(problem, problem.profile.proxy)
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the profile's proxy, (D, B)."""
+        return by_decision(problem, problem.profile.proxy)
+
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the map, (D,), with the floors."""
         return solve_model(problem, values, at_least=wanted(problem, self.at_least))

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent, objective
 from dmpq.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GreedyAgent(OneMapAgent):
+class GreedyAgent(AdditiveAgent):
     """Widens, from the smallest map on, where the surrogate gains most per stored bit.
 
     A step may skip formats, so that the steps follow the lower convex hull of each decision's
@@ -31,17 +31,30 @@ class GreedyAgent(OneMapAgent):
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "Zemel 1980"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
+    def values(self, problem: Problem) -> Floats:
+        """Return the measured sensitivities, nats per token, (D, B)."""
+        return problem.sensitivity
+
+    def solve(self, problem: Problem, values: Floats) -> Ints:
         """Return the greedy map, (D,)."""
         choice = problem.project(problem.sizes.astype(np.float64))
-        for widened in widenings(problem, choice):
+        # The objective itself, and not to within rounding, unless something was measured again.
+        own = None if values is problem.sensitivity else objective(problem, values)
+        for widened in widenings(problem, choice, values=own):
             choice = widened
         return choice
 
 
-def widenings(problem: Problem, choice: Ints) -> Iterator[Ints]:
-    """Yield the maps (D,) of the greedy algorithm, step by step, from a map on."""
-    sizes, values = problem.sizes.astype(np.float64), problem.linear_values()
+def widenings(problem: Problem, choice: Ints, *, values: Floats | None = None) -> Iterator[Ints]:
+    """Yield the maps (D,) of the greedy algorithm, step by step, from a map on.
+
+    Args:
+        problem: What is searched.
+        choice: (D,), the map.
+        values: (D, B), what each format costs; ``None`` for the linearised objective.
+    """
+    sizes = problem.sizes.astype(np.float64)
+    values = problem.linear_values() if values is None else values
     rate = _rates(sizes, values, choice)
     while rate.any():
         row, fmt = np.unravel_index(int(rate.argmax()), rate.shape)

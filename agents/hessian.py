@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.programs import (
     by_decision,
     model_evaluator,
@@ -20,7 +20,7 @@ from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HessianAgent(OneMapAgent):
+class _HessianAgent(AdditiveAgent):
     """What both have in common.
 
     The cost of expert e at width b is ``tr(H_e) / n_e * ||dW_eb||^2`` (HAWQ-V2, arXiv 1911.03852),
@@ -48,7 +48,12 @@ class _HessianAgent(OneMapAgent):
 
         return hessian_cost(self.probes)
 
-    def _values(self, problem: Problem) -> NDArray[np.float64]:
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the mean trace times the squared weight change, (D, B).
+
+        Raises:
+            InputError: If the problem's evaluator runs no model.
+        """
         evaluator = model_evaluator(problem, self.name)
         from dmpq.curvature import hessian_trace, squared_perturbation
 
@@ -70,13 +75,9 @@ class HessianLayerAgent(_HessianAgent):
     source: ClassVar[str] = "arXiv 1911.03852"
     reads: ClassVar[str] = "nothing"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map, (D,).
-
-        Raises:
-            InputError: If the problem's evaluator runs no model.
-        """
-        values, sizes = self._values(problem), problem.sizes
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the map, (D,), layer by layer."""
+        sizes = problem.sizes
         return solve_by_layer(problem, lambda m, budget: solve_layer(values[m], sizes[m], budget))
 
 
@@ -90,10 +91,6 @@ class HessianModelAgent(_HessianAgent):
     source: ClassVar[str] = "arXiv 1911.03852"
     reads: ClassVar[str] = "nothing"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map, (D,).
-
-        Raises:
-            InputError: If the problem's evaluator runs no model.
-        """
-        return solve_model(problem, self._values(problem))
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the map, (D,)."""
+        return solve_model(problem, values)

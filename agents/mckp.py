@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent, objective
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class MckpAgent(OneMapAgent):
+class MckpAgent(AdditiveAgent):
     """Evaluates the exact optimum of the linearised objective: one evaluation."""
 
     name: ClassVar[str] = "mckp"
@@ -21,6 +21,10 @@ class MckpAgent(OneMapAgent):
     cost: ClassVar[str] = "1"
     source: ClassVar[str] = "Pisinger 1995"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the knapsack's map, (D,)."""
-        return problem.mckp()
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the measured sensitivities, nats per token, (D, B)."""
+        return problem.sensitivity
+
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the knapsack's map, (D,): the optimum of the linearised objective."""
+        return problem.project(objective(problem, values))

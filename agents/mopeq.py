@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.allocation import by_high_resolution, layer_of_decision, within_limits
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent, refuse_rescoring
+from dmpq.agents.allocation import high_resolution, layer_of_decision, within_limits
 from dmpq.problem import Problem
 from dmpq.profile import Profile
 
@@ -21,7 +21,7 @@ _SETTLED = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
-class MopeqModelAgent(OneMapAgent):
+class MopeqModelAgent(AdditiveAgent):
     """MoPEQ, model-wise: scores of all experts are compared, one evaluation.
 
     "MoPEQ: Mixture of Mixed Precision Quantized Experts" (arXiv 2509.02512), as its code
@@ -38,6 +38,9 @@ class MopeqModelAgent(OneMapAgent):
     Attributes:
         budget_free: Take the paper's own map, by k-means over the menu's formats, as it is; limits
             must allow it.
+
+    Raises:
+        InputError: If the map is to be free of a budget and re-scored.
     """
 
     name: ClassVar[str] = "mopeq-model"
@@ -48,21 +51,29 @@ class MopeqModelAgent(OneMapAgent):
 
     budget_free: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_rescoring(self, where=self.budget_free, option="budget_free")
+
+    def values(self, problem: Problem) -> Floats:
+        """Return the damages that scores stand for, (D, B)."""
+        return high_resolution(problem, scores(problem.profile))
+
     def propose(self, problem: Problem) -> Ints:
         """Return MoPEQ's map, (D,).
 
         Raises:
             InputError: If it is to be free of a budget and is beyond the limits.
         """
-        score = scores(problem.profile)
         if not self.budget_free:
-            return by_high_resolution(problem, score)
-        found = clusters(problem.per_decision(score), len(problem.menu))
+            return super().propose(problem)
+        score = problem.per_decision(scores(problem.profile))
+        found = clusters(score, len(problem.menu))
         return within_limits(problem, found, "MoPEQ's k-means")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MopeqLayerAgent(OneMapAgent):
+class MopeqLayerAgent(AdditiveAgent):
     """MoPEQ, layer-wise: scores are compared within a layer only, one evaluation.
 
     As :class:`MopeqModelAgent`, but each score is divided by its layer's sum, as the released code
@@ -81,18 +92,24 @@ class MopeqLayerAgent(OneMapAgent):
 
     budget_free: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_rescoring(self, where=self.budget_free, option="budget_free")
+
+    def values(self, problem: Problem) -> Floats:
+        """Return the damages that scores within layers stand for, (D, B)."""
+        return high_resolution(problem, scores_in_layers(problem.profile))
+
     def propose(self, problem: Problem) -> Ints:
         """Return MoPEQ's map, (D,).
 
         Raises:
             InputError: If it is to be free of a budget and is beyond the limits.
         """
-        score, layers = scores(problem.profile), problem.spec.layer_of_expert
-        total = np.bincount(layers, score)[layers]
-        score = np.divide(score, total, out=np.zeros_like(score), where=total > 0)
         if not self.budget_free:
-            return by_high_resolution(problem, score)
-        score, layers = problem.per_decision(score), layer_of_decision(problem)
+            return super().propose(problem)
+        score = problem.per_decision(scores_in_layers(problem.profile))
+        layers = layer_of_decision(problem)
         found = np.empty(len(score), np.int64)
         for layer in np.unique(layers):
             found[layers == layer] = clusters(score[layers == layer], len(problem.menu))
@@ -119,6 +136,13 @@ def scores(profile: Profile) -> Floats:
     factor = (matrices * np.sqrt(matrices) * (1 - 1 / size))[profile.spec.layer_of_expert]
     score: Floats = np.divide(factor, norm, out=np.zeros_like(norm), where=norm > 0)
     return score
+
+
+def scores_in_layers(profile: Profile) -> Floats:
+    """Return the scores divided by the sum of their layer's, (N,)."""
+    score, layers = scores(profile), profile.spec.layer_of_expert
+    total = np.bincount(layers, score)[layers]
+    return np.divide(score, total, out=np.zeros_like(score), where=total > 0)
 
 
 def clusters(score: Floats, count: int) -> Ints:

@@ -8,8 +8,8 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.allocation import by_high_resolution, within_limits
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent, refuse_rescoring
+from dmpq.agents.allocation import high_resolution, within_limits
 from dmpq.problem import Problem
 from dmpq.profile import Profile
 
@@ -22,7 +22,7 @@ _SETTLED: Final = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoqaAgent(OneMapAgent):
+class MoqaAgent(AdditiveAgent):
     """Fuzzy c-means on the experts' significance, low precision first: one evaluation.
 
     "MoQa" / "DynaMo" (arXiv 2503.21135, DATE 2026): an expert's significance is its share of the
@@ -46,6 +46,9 @@ class MoqaAgent(OneMapAgent):
     Attributes:
         budget_free: Take the clusters' own widths, one per format on the menu; limits must allow
             the map.
+
+    Raises:
+        InputError: If the map is to be free of a budget and re-scored.
     """
 
     name: ClassVar[str] = "moqa"
@@ -56,18 +59,25 @@ class MoqaAgent(OneMapAgent):
 
     budget_free: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_rescoring(self, where=self.budget_free, option="budget_free")
+
+    def values(self, problem: Problem) -> Floats:
+        """Return the damages that the centres of the experts' clusters stand for, (D, B)."""
+        labels, centres = clusters(significance(problem.profile), len(problem.menu))
+        return high_resolution(problem, centres[labels], spread_ties=True)
+
     def propose(self, problem: Problem) -> Ints:
         """Return MoQa's map, (D,).
 
         Raises:
             InputError: If it is to be free of a budget and is beyond the limits.
         """
-        value = significance(problem.profile)
-        if self.budget_free:
-            labels, _ = clusters(problem.per_decision(value), len(problem.menu))
-            return within_limits(problem, labels, "MoQa's clustering")
-        labels, centres = clusters(value, len(problem.menu))
-        return by_high_resolution(problem, centres[labels], spread_ties=True)
+        if not self.budget_free:
+            return super().propose(problem)
+        value = problem.per_decision(significance(problem.profile))
+        return within_limits(problem, clusters(value, len(problem.menu))[0], "MoQa's clustering")
 
 
 def significance(profile: Profile) -> Floats:

@@ -10,7 +10,7 @@ from typing import ClassVar, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.programs import solve_by_layer, within_limits
 from dmpq.errors import InputError, unknown
 from dmpq.knapsack import solve_mckp
@@ -108,7 +108,7 @@ def least_product(loss: Floats, time: Floats, solve: Callable[[Floats], Ints], r
 
 
 @dataclass(frozen=True, kw_only=True)
-class MxMoEAgent(OneMapAgent):
+class MxMoEAgent(AdditiveAgent):
     """Minimises ``L^r T^(1-r)`` within the budget; one evaluation.
 
     L is the summed loss of blocks and T the summed time; a block is a decision, so that
@@ -140,14 +140,19 @@ class MxMoEAgent(OneMapAgent):
     scope: Scope = "layer"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.r <= 1.0:
             raise InputError(f"MxMoE's r is {self.r}; it weighs loss against time, in [0, 1].")
         if self.scope not in get_args(Scope):
             raise unknown("scope", self.scope, get_args(Scope))
 
-    def propose(self, problem: Problem) -> Ints:
-        """Return the map, (D,)."""
-        loss, time = np.maximum(problem.sensitivity, 0.0), problem.linear_latency
+    def values(self, problem: Problem) -> Floats:
+        """Return the measured sensitivities, nats per token, (D, B)."""
+        return problem.sensitivity
+
+    def solve(self, problem: Problem, values: Floats) -> Ints:
+        """Return the map, (D,); losses below 0 count as none."""
+        loss, time = np.maximum(values, 0.0), problem.linear_latency
         if self.scope == "model":
             found = least_product(loss, time, problem.projection.solve, self.r)
             return within_limits(problem, found)

@@ -11,7 +11,13 @@ from dmpq.problem import Problem
 Ints = NDArray[np.int64]
 
 
-def neighbours(problem: Problem, centre: NDArray[np.integer], *, count: int) -> Ints:
+def neighbours(
+    problem: Problem,
+    centre: NDArray[np.integer],
+    *,
+    count: int,
+    values: NDArray[np.float64] | None = None,
+) -> Ints:
     """Return distinct maps one step from a map, within every limit, those in doubt first.
 
     A step is narrower by one format, or wider by one where another decision pays: the one, of the
@@ -23,11 +29,12 @@ def neighbours(problem: Problem, centre: NDArray[np.integer], *, count: int) -> 
         problem: Says what sizes, the linearised objective and the limits are.
         centre: (D,), the map.
         count: Number of maps at most.
+        values: (D, B), what each format costs; ``None`` for the linearised objective.
 
     Returns:
         (n, D), n <= ``count``; none for a map at either end, where nothing is to be exchanged.
     """
-    values, sizes = problem.linear_values(), problem.sizes
+    values, sizes = problem.linear_values() if values is None else values, problem.sizes
     layers = problem.per_decision(problem.spec.layer_of_expert.astype(np.float64))
     rows = np.arange(len(centre))
 

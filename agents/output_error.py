@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.programs import by_decision, solve_by_layer, solve_layer, solve_model
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorLayerAgent(OneMapAgent):
+class ErrorLayerAgent(AdditiveAgent):
     """Least squared error of each layer's output, every layer on its own budget; one evaluation.
 
     Within one layer and with routing fixed, squared errors add up exactly for top-1 routing and
@@ -27,14 +27,18 @@ class ErrorLayerAgent(OneMapAgent):
     source: ClassVar[str] = "arXiv 2410.06270"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map, (D,)."""
-        values, sizes = by_decision(problem, problem.profile.output_error), problem.sizes
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the squared output errors, (D, B)."""
+        return by_decision(problem, problem.profile.output_error)
+
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the map, (D,), layer by layer."""
+        sizes = problem.sizes
         return solve_by_layer(problem, lambda m, budget: solve_layer(values[m], sizes[m], budget))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorModelAgent(OneMapAgent):
+class ErrorModelAgent(AdditiveAgent):
     """Least sum of all layers' squared output errors on one budget; one evaluation.
 
     The "naive global" program of GEMQ's ablation (arXiv 2605.23078): the residual stream grows
@@ -47,6 +51,10 @@ class ErrorModelAgent(OneMapAgent):
     source: ClassVar[str] = "arXiv 2410.06270"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the squared output errors, (D, B)."""
+        return by_decision(problem, problem.profile.output_error)
+
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the map, (D,)."""
-        return solve_model(problem, by_decision(problem, problem.profile.output_error))
+        return solve_model(problem, values)

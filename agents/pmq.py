@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.programs import by_decision, solve_by_layer, solve_layer, wanted
 from dmpq.problem import Problem
 
@@ -52,7 +52,7 @@ def code_values(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PmqPaperAgent(OneMapAgent):
+class PmqPaperAgent(AdditiveAgent):
     """PMQ as published: ``gamma = 2``, all bits spent; one evaluation.
 
     Per layer, minimise ``sum phi_i^alpha w_i^beta eps_ib^gamma`` so that the bits sum to the
@@ -86,8 +86,8 @@ class PmqPaperAgent(OneMapAgent):
     gamma: float = 2.0
     at_least: tuple[int, ...] = (3, 2)
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map, (D,)."""
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the values that the layers' programs minimise, (D, B)."""
         profile = problem.profile
         rows = paper_values(
             profile.frequency,
@@ -97,11 +97,15 @@ class PmqPaperAgent(OneMapAgent):
             beta=self.beta,
             gamma=self.gamma,
         )
-        return _solved(problem, rows, at_least=self.at_least, spend_all=True)
+        return by_decision(problem, rows)
+
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the map, (D,), layer by layer."""
+        return _solved(problem, values, at_least=self.at_least, spend_all=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PmqCodeAgent(OneMapAgent):
+class PmqCodeAgent(AdditiveAgent):
     """PMQ as its released solver computes it: the error un-squared, bits at most the budget.
 
     See :func:`code_values` for what differs from the paper, and :class:`PmqPaperAgent` for what
@@ -125,8 +129,8 @@ class PmqCodeAgent(OneMapAgent):
     beta: float = 1.5
     at_least: tuple[int, ...] = (3, 2)
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map, (D,)."""
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the values that the layers' programs minimise, (D, B)."""
         profile = problem.profile
         rows = np.zeros(profile.output_error.shape)
         for layer in np.unique(problem.spec.layer_of_expert):
@@ -138,13 +142,17 @@ class PmqCodeAgent(OneMapAgent):
                 alpha=self.alpha,
                 beta=self.beta,
             )
-        return _solved(problem, rows, at_least=self.at_least, spend_all=False)
+        return by_decision(problem, rows)
+
+    def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the map, (D,), layer by layer."""
+        return _solved(problem, values, at_least=self.at_least, spend_all=False)
 
 
 def _solved(
-    problem: Problem, rows: Floats, *, at_least: tuple[int, ...], spend_all: bool
+    problem: Problem, values: Floats, *, at_least: tuple[int, ...], spend_all: bool
 ) -> NDArray[np.int64]:
-    values, floors = by_decision(problem, rows), wanted(problem, at_least)
+    floors = wanted(problem, at_least)
 
     def solve(members: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
         return solve_layer(

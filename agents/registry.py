@@ -55,6 +55,7 @@ _AGENTS: Final = {
     "nsga2": "dmpq.agents.nsga2:NSGA2Agent",
     "bandit": "dmpq.agents.bandit:BanditAgent",
     "greedy-true": "dmpq.agents.greedy_true:GreedyTrueAgent",
+    "clado": "dmpq.agents.clado:CladoAgent",
 }
 
 
@@ -116,15 +117,14 @@ def _strings(kind: ast.ClassDef) -> dict[str, str]:
     }
 
 
-def make(name: str, **options: Any) -> Agent:
-    """Return an agent.
+def find(name: str) -> type[Any]:
+    """Return an agent's class.
 
     Args:
         name: One of :func:`names`, or ``"module:Class"``.
-        options: Passed on to the agent's class.
 
     Raises:
-        InputError: If there is no such agent, or what was found is none.
+        InputError: If there is none.
     """
     if ":" not in name and name not in _AGENTS:
         raise InputError(
@@ -143,6 +143,20 @@ def make(name: str, **options: Any) -> Agent:
     if not isinstance(kind, type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
         raise unknown(f"class in the module {module_name!r}:", class_name, classes)
+    return kind
+
+
+def make(name: str, **options: Any) -> Agent:
+    """Return an agent.
+
+    Args:
+        name: One of :func:`names`, or ``"module:Class"``.
+        options: Passed on to the agent's class.
+
+    Raises:
+        InputError: If there is no such agent, or what was found is none.
+    """
+    kind = find(name)
     try:
         agent = kind(**options)
     except TypeError as error:

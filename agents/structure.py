@@ -8,8 +8,8 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.allocation import with_more_bits
-from dmpq.agents.base import OneMapAgent
 from dmpq.errors import InputError
 from dmpq.problem import Problem
 
@@ -18,7 +18,7 @@ _ONE_IN: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstLayersAgent(OneMapAgent):
+class FirstLayersAgent(AdditiveAgent):
     """Gives more bits to the experts of the first MoE layers: one evaluation.
 
     "FirstL" of QuantMoE-Bench (arXiv 2406.08155): the first 4 to 8 blocks at 4 bits and the rest
@@ -40,8 +40,8 @@ class FirstLayersAgent(OneMapAgent):
     layers: int | None = None
     extra_bits: float = 2.0
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map with wide first layers, (D,).
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return damages that widen the first layers, (D, B).
 
         Raises:
             InputError: If there are not so many layers, or ``extra_bits`` is no width.
@@ -51,7 +51,7 @@ class FirstLayersAgent(OneMapAgent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LastLayersAgent(OneMapAgent):
+class LastLayersAgent(AdditiveAgent):
     """Gives more bits to the experts of the last MoE layers: one evaluation.
 
     What QuantMoE-Bench (arXiv 2406.08155) compares "FirstL" with, and finds worse.
@@ -70,8 +70,8 @@ class LastLayersAgent(OneMapAgent):
     layers: int | None = None
     extra_bits: float = 2.0
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map with wide last layers, (D,).
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return damages that widen the last layers, (D, B).
 
         Raises:
             InputError: If there are not so many layers, or ``extra_bits`` is no width.
@@ -81,7 +81,7 @@ class LastLayersAgent(OneMapAgent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FirstLastLayersAgent(OneMapAgent):
+class FirstLastLayersAgent(AdditiveAgent):
     """Gives more bits to the experts of the first and of the last MoE layers: one evaluation.
 
     The habit of dense models' recipes; exact allocations of Mixtral agree (layers 0, 1 and 31).
@@ -100,8 +100,8 @@ class FirstLastLayersAgent(OneMapAgent):
     layers: int | None = None
     extra_bits: float = 2.0
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map with wide outer layers, (D,).
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return damages that widen the outer layers, (D, B).
 
         Raises:
             InputError: If there are not so many layers, or ``extra_bits`` is no width.
@@ -112,7 +112,7 @@ class FirstLastLayersAgent(OneMapAgent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrequencyFirstLayersAgent(OneMapAgent):
+class FrequencyFirstLayersAgent(AdditiveAgent):
     """Ranks by frequency, and gives more bits to the first MoE layers on top: one evaluation.
 
     QuantMoE-Bench's best recipe for Mixtral, "+Attn +Freq +FirstL" (arXiv 2406.08155), as far as
@@ -133,8 +133,8 @@ class FrequencyFirstLayersAgent(OneMapAgent):
     layers: int | None = None
     extra_bits: float = 2.0
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the frequency map with wide first layers, (D,).
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the damages of frequencies, with wide first layers, (D, B).
 
         Raises:
             InputError: If there are not so many layers, or ``extra_bits`` is no width.

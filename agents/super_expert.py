@@ -8,8 +8,8 @@ from typing import ClassVar, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.allocation import with_more_bits
-from dmpq.agents.base import OneMapAgent
 from dmpq.problem import Problem
 from dmpq.profile import Profile
 
@@ -18,7 +18,7 @@ _SHARE_OF_LARGEST: Final = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuperExpertAgent(OneMapAgent):
+class SuperExpertAgent(AdditiveAgent):
     """Protects super experts and is uniform elsewhere: one evaluation.
 
     "Super Experts" (arXiv 2507.23279, ICLR 2026) are those whose largest absolute output of
@@ -46,8 +46,8 @@ class SuperExpertAgent(OneMapAgent):
 
     extra_bits: float = 4.0
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map that protects super experts, (D,).
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return damages that protect super experts, (D, B).
 
         Raises:
             InputError: If ``extra_bits`` is no width.

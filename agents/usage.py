@@ -8,13 +8,14 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.allocation import by_high_resolution, layer_of_decision, top_of_each_layer
+from dmpq.agents.additive import AdditiveAgent
+from dmpq.agents.allocation import high_resolution, layer_of_decision, top_of_each_layer
 from dmpq.agents.base import OneMapAgent
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class InverseFrequencyAgent(OneMapAgent):
+class InverseFrequencyAgent(AdditiveAgent):
     """Gives more bits to experts that the router selects less often: one evaluation.
 
     The direction of Chowdhury et al. (arXiv 2604.06515, ICLR 2026), whose theory has rare features
@@ -30,13 +31,13 @@ class InverseFrequencyAgent(OneMapAgent):
     source: ClassVar[str] = "arXiv 2604.06515"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the inverse-frequency map, (D,)."""
-        return by_high_resolution(problem, 1 / (problem.profile.hits + 1.0))
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the damages that inverse frequencies stand for, (D, B)."""
+        return high_resolution(problem, 1 / (problem.profile.hits + 1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutingWeightAgent(OneMapAgent):
+class RoutingWeightAgent(AdditiveAgent):
     """Gives more bits to experts of more summed routing weight: one evaluation.
 
     The "soft count" of SEER-MoE (arXiv 2404.05089), there a score for pruning, and the "score"
@@ -51,9 +52,9 @@ class RoutingWeightAgent(OneMapAgent):
     source: ClassVar[str] = "arXiv 2404.05089"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the soft-count map, (D,)."""
-        return by_high_resolution(problem, problem.profile.routing_weight)
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the damages that soft counts stand for, (D, B)."""
+        return high_resolution(problem, problem.profile.routing_weight)
 
 
 @dataclass(frozen=True, kw_only=True)

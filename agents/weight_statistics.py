@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.agents.allocation import by_high_resolution
-from dmpq.agents.base import OneMapAgent
+from dmpq.agents.additive import AdditiveAgent
+from dmpq.agents.allocation import high_resolution
 from dmpq.problem import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightNormAgent(OneMapAgent):
+class WeightNormAgent(AdditiveAgent):
     """Gives more bits to experts of larger weights: one evaluation.
 
     The high-resolution law itself: the squared error of quantized weights is proportional to
@@ -30,18 +30,18 @@ class WeightNormAgent(OneMapAgent):
     source: ClassVar[str] = "Gray, Neuhoff 1998"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the map by squared norm, (D,)."""
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the damages that squared norms stand for, (D, B)."""
         sizes = np.array(
             [layer.expert_parameters / layer.num_experts for layer in problem.spec.moe_layers]
         )
-        return by_high_resolution(
+        return high_resolution(
             problem, problem.profile.weight_norm**2 / sizes[problem.spec.layer_of_expert]
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutlierRatioAgent(OneMapAgent):
+class OutlierRatioAgent(AdditiveAgent):
     """Gives more bits to experts with an outlier among their weights: one evaluation.
 
     The "outlier linear scorer" of QuantMoE-Bench (arXiv 2406.08155), ``max |w| / mean |w|``. The
@@ -57,13 +57,13 @@ class OutlierRatioAgent(OneMapAgent):
     source: ClassVar[str] = "arXiv 2406.08155"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the outlier map, (D,)."""
-        return by_high_resolution(problem, problem.profile.outlier_ratio)
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the damages that outliers stand for, (D, B)."""
+        return high_resolution(problem, problem.profile.outlier_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
-class KurtosisAgent(OneMapAgent):
+class KurtosisAgent(AdditiveAgent):
     """Gives more bits to experts whose weights have heavier tails: one evaluation.
 
     MiLo (arXiv 2504.02658, its rank policy by kurtosis) hands out the rank of low-rank
@@ -77,7 +77,7 @@ class KurtosisAgent(OneMapAgent):
     source: ClassVar[str] = "arXiv 2504.02658"
     reads: ClassVar[str] = "gradients"
 
-    def propose(self, problem: Problem) -> NDArray[np.int64]:
-        """Return the kurtosis map, (D,)."""
+    def values(self, problem: Problem) -> NDArray[np.float64]:
+        """Return the damages that kurtoses stand for, (D, B)."""
         # No distribution has a kurtosis below 1.
-        return by_high_resolution(problem, np.maximum(problem.profile.kurtosis + 3, 1.0))
+        return high_resolution(problem, np.maximum(problem.profile.kurtosis + 3, 1.0))

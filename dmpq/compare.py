@@ -82,7 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     lists = {
         "models": (("reference",), "checkpoints"),
-        "agents": (_AGENTS, "agents by name, or module:Class; two controls are added"),
+        "agents": (
+            _AGENTS,
+            "agents by name, or module:Class, with options as in mckp,rescore=1; two controls are "
+            "added",
+        ),
         "contests": (_CONTESTS, "devices and limits, see below"),
     }
     for name, (default, text) in lists.items():

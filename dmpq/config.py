@@ -48,7 +48,11 @@ class SearchConfig:
     latency_ms: float | None = _option(None, "limit on the time of a step, milliseconds")
     energy_j: float | None = _option(None, "limit on the energy of a step, joules")
     weights: str = _option("acc=1,lat=0.1,mem=0.1,eng=0.1", "weights of the reward's terms")
-    agent: str = _option("ppo", "agent by name, or module:Class for your own")
+    agent: str = _option(
+        "ppo",
+        "agent by name, or module:Class for your own; with options, as in ppo,samples=8 (python "
+        "-m dmpq.agents show ppo lists them)",
+    )
     policy: str | None = _option(
         None, "policy, a folder, that ppo goes on from; with --evaluations 1 its own map"
     )

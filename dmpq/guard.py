@@ -22,25 +22,29 @@ _STARTS: Final = "ppo"
 _RESERVED: Final = frozenset({*UNIFORM, *BASELINES})
 
 
-def make_agent(name: str, *, policy: str | None = None) -> Agent:
+def make_agent(text: str, *, policy: str | None = None) -> Agent:
     """Return an agent that a table can show beside the others.
 
     Args:
-        name: One of dmpq's, or ``module:Class``.
+        text: One of dmpq's, or ``module:Class``; with options, ``NAME,option=value,...``.
         policy: Folder of a policy that it goes on from; ``None`` for none.
 
     Raises:
         InputError: If there is no such agent, or it cannot be made, or takes another's name; or if
-            there is no such policy, or the agent takes none.
+            it has no such option, or an option no such value; or if there is no such policy, or
+            the agent takes none.
     """
     from dmpq import agents
+    from dmpq.agents.options import read_options, split
     from dmpq.agents.policy import Policy
 
+    name, given = split(text)
     if policy is not None and name != _STARTS:
         raise InputError(f"--policy is where {_STARTS} goes on from; {name[:60]!r} takes none.")
-    options = {} if policy is None else {"start": Policy.load(policy)}
+    start = {} if policy is None else {"start": Policy.load(policy)}
     try:
-        agent = agents.make(name, **options)
+        options = read_options(agents.find(name), name, given) if given else {}
+        agent = agents.make(name, **options, **start)
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # a user's code may raise anything
@@ -54,6 +58,19 @@ def make_agent(name: str, *, policy: str | None = None) -> Agent:
             "row; give it a name of its own."
         )
     return agent
+
+
+def label_of(agent: Agent, text: str) -> str:
+    """Return what a table calls an agent: its name, with the options it was given.
+
+    Args:
+        agent: As :func:`make_agent` made it.
+        text: What it was made of.
+    """
+    from dmpq.agents.options import label, read_options, split
+
+    name, given = split(text)
+    return label(agent.name, read_options(type(agent), name, given))
 
 
 def run_agent(

@@ -37,7 +37,7 @@ from dmpq.config import SearchConfig
 from dmpq.contest import Contest
 from dmpq.errors import InputError
 from dmpq.files import JsonLines
-from dmpq.guard import make_agent, run_agent
+from dmpq.guard import label_of, make_agent, run_agent
 
 if TYPE_CHECKING:
     from dmpq.agents import Agent, Candidate
@@ -81,7 +81,7 @@ class Plan:
         models: Checkpoints.
         seeds: Each draws its calibration text, and is its agents' seed.
         contests: Devices and limits.
-        agents: Agents by name, or ``module:Class``.
+        agents: Agents by name, or ``module:Class``, with options or without.
         factor: How many times the evaluations each agent has.
     """
 
@@ -227,15 +227,16 @@ def entrants(names: tuple[str, ...]) -> list[Entrant]:
     made.append(Entrant(SMALL, make_agent("mckp"), larger=False))
     for name in names:
         agent = make_agent(name)
-        if agent.name == REFERENCE:
+        label = label_of(agent, name)
+        if label == REFERENCE:
             continue
         larger = getattr(agent, "cost", "") == ONE
         reads = getattr(agent, "reads", SENSITIVITIES)
         forwards = getattr(agent, "forwards", 0.0)
-        made.append(Entrant(agent.name, agent, larger, reads, forwards))
+        made.append(Entrant(label, agent, larger, reads, forwards))
         control = getattr(agent, "control", None)
         if callable(control):
-            made.append(Entrant(f"{agent.name}, rate 0", control(), larger, reads))
+            made.append(Entrant(f"{label}, rate 0", control(), larger, reads))
     labels = [one.label for one in made]
     if len(set(labels)) != len(labels):
         raise InputError("Two agents have one name, so that no table can tell them apart.")

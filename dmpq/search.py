@@ -32,7 +32,7 @@ from dmpq.evaluation import FAILURE_NATS
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Menu
 from dmpq.front import front
-from dmpq.guard import BASELINES, UNIFORM, make_agent, run_agent
+from dmpq.guard import BASELINES, UNIFORM, label_of, make_agent, run_agent
 from dmpq.hw_models import explainable
 from dmpq.provenance import bitmap_of, versions
 from dmpq.run_folder import only_run_in, run_folder
@@ -305,15 +305,16 @@ def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
 
     session, config = run.session, run.config
     heldout = session.evaluator("heldout")
+    own = label_of(run.agent, config.agent)
     maps: dict[str, tuple[NDArray[np.int64], int]] = {}
     for name, key in UNIFORM.items():
         if key in problem.menu.keys:
             maps[name] = (problem.uniform(key), 0)
     for name in BASELINES:
-        if name != run.agent.name:
+        if name != own:
             found = agents.make(name).search(problem, evaluations=1, seed=config.seed)
             maps[name] = (found.assignment, found.evaluations)
-    maps[run.agent.name] = (result.assignment, result.evaluations)
+    maps[own] = (result.assignment, result.evaluations)
     rows = [] if UNIFORM["bf16"] in problem.menu.keys else [_full_row(session, problem, heldout)]
     total = len(rows) + len(maps)
     for name, (assignment, evaluations) in maps.items():

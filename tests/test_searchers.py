@@ -23,7 +23,14 @@ LEARNERS = {
     "dqn": {"episodes": 24},
     "recurrent-ppo": {"episodes": 24, "episodes_per_update": 8, "hidden": 16},
 }
-SEARCHERS = {"evopress": {}, "bandit": {}, "greedy-true": {}, "nsga2": {}, **LEARNERS}
+SEARCHERS = {
+    "evopress": {},
+    "bandit": {},
+    "greedy-true": {},
+    "clado": {},
+    "nsga2": {},
+    **LEARNERS,
+}
 
 
 def make(name, **options):

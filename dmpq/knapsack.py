@@ -5,7 +5,7 @@ the classical one (Pisinger, "A minimal algorithm for the multiple-choice knapsa
 sections 2 to 4): drop dominated choices, bound by the Lagrangian dual, and solve by dynamic
 programming over the few choices whose reduced cost the bound does not rule out. Where the table
 would be too large, HiGHS solves what is left. Where more than a thousand choices stay in doubt, as
-happens with thousands of decisions of unequal sizes, a proven gap of 1e-5 is enough;
+happens with thousands of decisions of unequal sizes, a proven gap of 1e-6 is enough;
 :meth:`Mckp.solve_proven` says how much is open.
 """
 
@@ -30,7 +30,7 @@ _FIRST_CORE: Final = 64
 _LARGE_CORE: Final = 1024
 """Choices beyond the dual's own from which on a proven gap of ``_CLOSE`` is enough."""
 
-_CLOSE: Final = 1e-5
+_CLOSE: Final = 1e-6
 """Share of the value by which a very large knapsack may miss the optimum."""
 
 _MAX_TABLE: Final = 1 << 28
@@ -139,7 +139,7 @@ class Mckp:
         """Return the best choices, int64 (D,), and by how much they may miss the optimum.
 
         The second is the share of the value that the proof leaves open: 0, up to rounding, or up
-        to 1e-5 where thousands of choices are so close that a table of them all would take long.
+        to 1e-6 where thousands of choices are so close that a table of them all would take long.
         Where HiGHS had to solve the core, its own gap of 1e-9 comes on top. Arguments and errors
         are those of :meth:`solve`.
         """
@@ -211,9 +211,11 @@ class Mckp:
             unused = price * self._unused_by(kept & (reduced < gap + slack))
             if gap <= unused + slack:
                 return choice, gap - unused
+            # It has a choice outside the core as well, since the core's own maps are no better.
             close = _CLOSE * abs(float(values[rows, choice].sum()))
-            if count - len(values) >= _LARGE_CORE and gap - left_out <= close:
-                return choice, gap - left_out
+            open_ = gap - unused - left_out
+            if count - len(values) >= _LARGE_CORE and open_ <= close:
+                return choice, open_
             count += 3 * (count - len(values))
 
     def _unused_by(self, allowed: NDArray[np.bool_]) -> int:

@@ -70,6 +70,13 @@ class Weights:
             raise InputError(f"The weights are empty; write them as in {_EXAMPLE}.")
         return cls(**weights)
 
+    def spelled(self) -> str:
+        """Return the weights as :meth:`parse` reads them, those of 0 left out."""
+        given = {name: weight for name, weight in asdict(self).items() if weight}
+        return (
+            ",".join(f"{k}={float(v)!r}".removesuffix(".0") for k, v in given.items()) or "acc=0"
+        )
+
     def as_array(self) -> Floats:
         """Return the weights in the order of the reward's terms, (4,)."""
         return np.array([self.acc, self.lat, self.mem, self.eng])

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -23,7 +24,7 @@ from dmpq.console import (
 )
 from dmpq.errors import InputError
 from dmpq.files import JsonLines
-from dmpq.objective import Constraints
+from dmpq.objective import Constraints, Weights
 from dmpq.run_folder import claim, only_run_in
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES: Final = """examples:
   python -m dmpq.pretrain --models path/to/one path/to/another --out policies/small
+  python -m dmpq.pretrain --models reference --above 16 --weightings acc=1,lat=0.1 acc=1,lat=1
   python -m dmpq.search --policy policies/small --signal gradient --model path/to/a/third
 """
 _ABOVE: Final = (0.25, 0.75, 1.25)
@@ -77,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BITS",
         help="budgets, effective bits above the narrowest uniform map (default: %(default)s)",
     )
+    parser.add_argument(
+        "--weightings",
+        nargs="+",
+        metavar="WEIGHTS",
+        help="search every model and budget at each of these weights, as in acc=1 acc=1,lat=0.1 "
+        "(default: once, at --weights)",
+    )
     parser.add_argument("--out", default="runs/policy", help="folder (default: %(default)s)")
     add_options(parser, left_out=_LEFT_OUT)
     parser.set_defaults(**_OWN_DEFAULTS)
@@ -88,7 +97,14 @@ def _trained(arguments: argparse.Namespace) -> int:
     config, out = from_arguments(arguments), Path(arguments.out)
     console = plain_console()
     with progress_bars(console) as show:
-        policy = pretrain(config, arguments.models, arguments.above, out, progress=show)
+        policy = pretrain(
+            config,
+            arguments.models,
+            arguments.above,
+            out,
+            weightings=arguments.weightings,
+            progress=show,
+        )
     console.print(f"  learned from {policy.training['lessons']} searches; wrote {out}/policy.json")
     return 0
 
@@ -99,15 +115,18 @@ def pretrain(
     above: Sequence[float],
     folder: Path,
     *,
+    weightings: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Policy:
-    """Return a policy that has learned from a search per model and budget, and save it.
+    """Return a policy that has learned from a search per model, budget and weighting; save it.
 
     Args:
         config: What all searches share; its model, agent and limits are not read.
         models: Checkpoints whose menus have the same widths.
         above: Budgets, effective bits above the narrowest uniform map.
         folder: Where the policy is saved, and what was measured is kept: the same call goes on.
+        weightings: Of the reward's terms, as ``"acc=1,lat=0.1"``, which the policy reads in its
+            context; ``None`` for the configuration's own alone.
         progress: Called with a stage's name, steps done, and all steps.
 
     Raises:
@@ -122,16 +141,23 @@ def pretrain(
     if len(set(names)) != len(names):
         raise InputError("Two models have one folder name, and would share a journal.")
     prepare(config)
+    taught = _weights_of(config, [config.weights] if weightings is None else weightings)
     shared = replace(config, model=", ".join(models), out=None)
-    digest = hashlib.sha256(f"{shared.digest()} {list(above)}".encode()).hexdigest()[:12]
-    claim(folder, digest, asdict(shared) | {"above": list(above)}, written={"policy.json"})
+    asked: dict[str, list[float] | list[str]] = {"above": list(above)}
+    # A policy of one weighting belongs to the folder that it belonged to before there were more.
+    identity = f"{shared.digest()} {list(above)}"
+    if weightings is not None:
+        asked["weightings"] = [weights.spelled() for weights in taught]
+        identity += f" {asked['weightings']}"
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    claim(folder, digest, asdict(shared) | asked, written={"policy.json"})
     lessons: list[Lesson] = []
     with only_run_in(folder):
         for name, model in zip(names, models, strict=True):
             journal = JsonLines(folder / f"journal-{name}.jsonl")
             try:
                 own = replace(config, model=model, avg_bits=_UNLIMITED)
-                lessons += _studied(own, above, journal, progress)
+                lessons += _studied(own, above, taught, journal, progress)
             finally:
                 journal.close()
         policy = learn(lessons, seed=config.seed)
@@ -139,10 +165,28 @@ def pretrain(
     return policy
 
 
+def _weights_of(config: SearchConfig, weightings: Sequence[str]) -> list[Weights]:
+    """Return weightings as a session reads them.
+
+    Raises:
+        InputError: If one makes no sense, or is given twice.
+    """
+    from dmpq.session import Session
+
+    found = [Session(replace(config, weights=text)).weights for text in weightings]
+    if not found or len(set(found)) < len(found):
+        raise InputError(f"--weightings {' '.join(weightings)} gives one twice; give each once.")
+    return found
+
+
 def _studied(
-    config: SearchConfig, above: Sequence[float], journal: JsonLines, progress: Progress | None
+    config: SearchConfig,
+    above: Sequence[float],
+    taught: Sequence[Weights],
+    journal: JsonLines,
+    progress: Progress | None,
 ) -> list[Lesson]:
-    """Search one model at every budget."""
+    """Search one model at every budget and weighting."""
     from dmpq.agents.lessons import Lesson
     from dmpq.agents.ppo import PPOAgent
     from dmpq.session import Session
@@ -156,14 +200,15 @@ def _studied(
     session = Session(config, journal, shown)
     session.check()
     profile, found = session.profile(), list[Lesson]()
-    for bits in above:
+    for bits, weights in product(above, taught):
         free = session.problem(
             profile, evaluator=session.evaluator("search"), further=session.further()
         )
         narrowest = np.zeros((1, free.num_decisions), np.int64)
         limit = float(free.effective_bits(narrowest)[0]) + bits
-        problem = replace(free, constraints=Constraints(avg_bits=limit))
-        stage = f"searching, {limit:.2f} bits"
+        problem = replace(free, constraints=Constraints(avg_bits=limit), weights=weights)
+        several = f", {weights.spelled()}" if len(taught) > 1 else ""
+        stage = f"searching, {limit:.2f} bits{several}"
 
         def told(one: Candidate, stage: str = stage) -> None:
             shown(stage, int(one.spent), config.evaluations)

@@ -118,9 +118,7 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
 
     shown = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
     shown.add_column("allocation", justify="left")
-    memory, unit_bytes = _unit(max(row.memory_bytes for row in rows), _BYTES)
-    latency, unit_s = _unit(max(row.latency_s for row in rows), _SECONDS)
-    energy, unit_j = _unit(max(row.energy_j for row in rows), _JOULES)
+    (memory, unit_bytes), (latency, unit_s), (energy, unit_j) = units_of(rows).values()
     heads = ("bits", "KL", "ppl", f"memory\n{memory}", f"latency\n{latency}", "tokens\n/s")
     for head in (*heads, f"energy\n{energy}"):
         shown.add_column(head, justify="right")
@@ -137,6 +135,15 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
             style="bold" if row.name == best else None,
         )
     return shown
+
+
+def units_of(rows: Sequence[Row]) -> dict[str, tuple[str, float]]:
+    """Return in what unit a table shows memory, latency and energy: name → (unit, its size)."""
+    return {
+        "memory": _unit(max(row.memory_bytes for row in rows), _BYTES),
+        "latency": _unit(max(row.latency_s for row in rows), _SECONDS),
+        "energy": _unit(max(row.energy_j for row in rows), _JOULES),
+    }
 
 
 def _unit(largest: float, units: Mapping[str, float]) -> tuple[str, float]:

@@ -127,6 +127,54 @@ def test_copies_of_few_experts_equal_the_full_table(instance, copies):
     assert solver.bound(values) <= value + 1e-9 * abs(value)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
+def test_what_a_small_core_leaves_open_holds_the_optimum(seed, first):
+    """Whatever gap is accepted, the optimum lies within it; sizes have several steps."""
+    rng = np.random.default_rng(seed)
+    steps = np.array([[0, 96, 192, 384], [0, 128, 256, 484], [0, 4, 6, 22], [0, 3, 9, 27]])
+    sizes = 100 + steps[rng.integers(0, 4, 12)]
+    jitter = 1 + 0.01 * rng.standard_normal(sizes.shape)
+    values = sizes.max(1, keepdims=True) * np.array([1.0, 0.4, 0.1, 0.01]) * jitter
+    solver = Mckp(sizes, int(sizes[:, 0].sum() + rng.random() * np.ptp(sizes, axis=1).sum()))
+    rows = np.arange(12)
+    best = values[rows, solver.solve(values)].sum()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knapsack, "_FIRST_CORE", first)
+        patch.setattr(knapsack, "_LARGE_CORE", 0)
+        patch.setattr(knapsack, "_CLOSE", 1.0)
+        choice, open_ = solver.solve_proven(values)
+    value = values[rows, choice].sum()
+    assert sizes[rows, choice].sum() <= solver.capacity
+    assert value * (1 - open_) - 1e-9 <= best <= value + 1e-9
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_capacity_that_no_map_can_use_is_no_doubt(monkeypatch, seed):
+    """Experts of several widths that pay alike: what must be left over proves a core's optimum.
+
+    The bound is 2e-5 below it, and every expert has a choice that adds less than that, so that
+    the core would have to be all of them.
+    """
+    rng = np.random.default_rng(seed)
+    weights = rng.choice([96, 128, 176, 264], 3000)
+    sizes = weights[:, None] * np.array([9, 13, 17, 33, 64])
+    jitter = 1 + 0.001 * rng.standard_normal(sizes.shape)
+    values = weights[:, None] * np.array([1.0, 0.25, 0.0625, 2e-4, 0.0]) * jitter
+    solver, cores, solve = Mckp(sizes, 12 * int(weights.sum()) + 3), [], knapsack._solve_core
+
+    def noted(own, core, *rest):
+        cores.append(np.count_nonzero(core) - len(own))
+        return solve(own, core, *rest)
+
+    monkeypatch.setattr(knapsack, "_solve_core", noted)
+    choice, open_ = solver.solve_proven(values)
+    value = values[np.arange(3000), choice].sum()
+    assert value * (1 - 1e-5) > solver.bound(values)
+    assert open_ <= 1e-6
+    assert max(cores) <= 1024
+
+
 def test_thousands_of_equal_experts_need_no_large_table(monkeypatch):
     monkeypatch.setattr(knapsack, "_MAX_TABLE", 1 << 20)
     monkeypatch.setattr(knapsack, "solve_mip", None)

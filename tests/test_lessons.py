@@ -11,6 +11,7 @@ from dmpq.agents.policy import Policy
 from dmpq.agents.ppo import PPOAgent
 from dmpq.errors import InputError
 from dmpq.evaluation import Evaluations
+from dmpq.objective import Weights
 
 
 class Misread:
@@ -140,3 +141,23 @@ def test_lessons_that_do_not_go_together_are_refused():
         learn(lessons, seed=0)
     groups = misread(2, 6, 1, bits="2g32,3g32,4g32,8g32,16")
     learn([lessons[0], Lesson(groups, np.zeros(12), np.full(12, 1 / 12))], seed=0, steps=1)
+
+
+def test_the_context_tells_one_policy_what_counts():
+    """Experts with other importances at other weights: their rows alone cannot say which."""
+    problem = misread(3, 12, 0, avg_bits=16.0)
+    column = problem.features[:, problem.feature_names.index("weight_norm")].astype(float)
+    lessons, told = [], {"acc=1": 0.8, "acc=1,lat=1": -0.8}
+    for weights, slope in told.items():
+        own = replace(problem, weights=Weights.parse(weights))
+        lessons.append(Lesson(own, slope * column, np.full(len(column), 1 / len(column))))
+    policy = learn(lessons, seed=0)
+    between = replace(problem, weights=Weights.parse("acc=1,lat=0.4"))
+    for lesson in lessons:
+        missed = policy.log_importance(lesson.problem) - lesson.log_importance
+        assert np.abs(missed).mean() < 0.1 * np.abs(lesson.log_importance).mean()
+    slopes = [
+        np.polyfit(column, policy.log_importance(one), 1)[0]
+        for one in (lessons[0].problem, between, lessons[1].problem)
+    ]
+    assert slopes[0] > slopes[1] > slopes[2]

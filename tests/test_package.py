@@ -79,9 +79,10 @@ FLOORS = [
         "hardware_measure",
         "compare_report",
         "front",
+        "sweep_report",
         "additivity",
     },
-    {"search", "validate", "hardware", "compare", "pretrain", "additivity"},
+    {"search", "validate", "hardware", "compare", "pretrain", "additivity", "sweep"},
 ]
 
 

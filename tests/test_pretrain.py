@@ -69,9 +69,24 @@ def test_other_budgets_are_another_policy_s(models, taught, capsys):
     assert (taught / "policy.json").read_bytes() == kept
 
 
+def test_one_policy_learns_from_several_weightings(models, tmp_path, capsys):
+    out = tmp_path / "policy"
+    flags = [*QUICK[:-3], "--above", "1", "--models", models[0], f"--out={out}", "--weightings"]
+    assert main([*flags, "acc=1", "acc=1,lat=3"]) == 0
+    assert Policy.load(out).training["lessons"] == "2"
+    kept = (out / "policy.json").read_bytes()
+    assert main([*flags, "acc=1", "acc=1,lat=2"]) == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert main([*flags, "acc=1.0", "acc=1,lat=3,mem=0"]) == 0
+    assert (out / "policy.json").read_bytes() == kept
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (["--models", "reference", "--weightings", "acc=1", "acc=1.0"], "gives one twice"),
+        (["--models", "reference", "--weightings", "acc=0"], "cannot tell maps apart"),
+        (["--models", "reference", "--weightings", "late=0"], "did you mean 'lat'"),
         (["--models", "x/one", "y/one"], "one folder name"),
         (["--models", "nowhere"], "There is no folder 'nowhere'"),
         (["--models", "reference", "--above", "-1"], "are no budgets"),

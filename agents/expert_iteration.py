@@ -22,8 +22,8 @@ _PROBES_PER_TEXT: Final = 24
 _TEXTS_PER_PROBE: Final = 3
 """Texts that each single step is read on: so many fewer steps are probed."""
 
-_FINALISTS: Final = 2
-"""Where further text is read: the knapsack's map and what the policy came to believe."""
+_LAST_STD: Final = 0.15
+"""Standard deviation of the last samples, in log-importance: half of the first ones'."""
 
 _LEAST_TEXTS: Final = 3
 """Pieces of further text below which the search's own is read instead."""
@@ -41,8 +41,9 @@ class ExpertIteration(BaseCallback):
     piece after another: a map's loss on one text is mostly that text's, and what many texts say of
     a decision is what holds on the next. It begins with probes, single steps from the knapsack's
     map, each on several texts: they tell what a decision in doubt is worth with all others as they
-    are, with little noise, and resume from that map's forward. At the end the policy's mean is
-    evaluated on the search's own text, and competes with the knapsack's map for the selection.
+    are, with little noise, and resume from that map's forward. At the end the policy's mean and
+    samples near it are evaluated on the search's own text, and compete with the knapsack's map for
+    the selection: what the evaluations leave open, fresh text decides.
 
     Where the search's text is larger than a piece, or there are evaluations for few pieces only,
     all maps are evaluated on the search's text, the probes too; and where latency or energy is
@@ -60,6 +61,7 @@ class ExpertIteration(BaseCallback):
         imitation: Optimizer steps of imitation per update; 0 leaves the policy to PPO.
         probes: Neighbours of the knapsack's map that are measured before the first sample.
         further: Whether further text is read.
+        last_samples: Maps near the policy's last mean that compete with it, where it is.
         believed: (D,), log-importances believed in before any evaluation; ``None`` for zeros.
     """
 
@@ -76,6 +78,7 @@ class ExpertIteration(BaseCallback):
         imitation: int,
         probes: int,
         further: bool,
+        last_samples: int,
         believed: NDArray[np.float64] | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +91,7 @@ class ExpertIteration(BaseCallback):
         self._std_decay = std_decay
         self._imitation = imitation
         self._probes = probes
+        self._last_samples = last_samples
         self._regression = ImportanceRegression(
             problem, believed=None if believed is None else np.exp(believed)
         )
@@ -99,7 +103,7 @@ class ExpertIteration(BaseCallback):
         exact = not problem.projection.priced  # only bits and memory are limited
         self._reading = further and small and exact and texts >= _LEAST_TEXTS
         if self._reading:
-            recorder.finalists = _FINALISTS
+            recorder.finalists = 2 + last_samples  # with the knapsack's map and the last mean
 
     @property
     def maps(self) -> int:
@@ -141,17 +145,24 @@ class ExpertIteration(BaseCallback):
             return self._recorder.remaining > 0
         update = self._samples + 2  # full precision, where it begins a text, and the mean
         done = self.num_timesteps % self._samples == 0
-        return not done or self._recorder.left >= 1 + update * self._share
+        last = 1 + self._last_samples
+        return not done or self._recorder.left >= last + update * self._share
 
     def _on_training_end(self) -> None:
-        """Evaluate the last mean on the search's own text."""
-        if self._reading:
-            policy = self.model.policy
-            assert isinstance(policy, ImportancePolicy)
-            self._imitate(policy)
-            mean = self._mean(policy)
-            self._recorder.evaluate(mean[None])
-            self._recorder.nominate(mean)
+        """Evaluate the last mean and samples near it on the search's own text."""
+        if not self._reading:
+            return
+        policy = self.model.policy
+        assert isinstance(policy, ImportancePolicy)
+        self._imitate(policy)
+        policy.set_std(_LAST_STD)
+        last = [self._mean(policy)]
+        for _ in range(self._last_samples):
+            action, _ = policy.predict(self._observation, deterministic=False)
+            last.append(self._problem.propose(self._log_scale * action.astype(np.float64)))
+        for one in last[: self._recorder.remaining]:
+            self._recorder.evaluate(one[None])
+            self._recorder.nominate(one)
 
     def _imitate(self, policy: ImportancePolicy) -> None:
         """Move the policy's mean to the importances that all evaluations speak for."""

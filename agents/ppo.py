@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 _SAMPLES_PER_EVALUATION: Final = 4
 """Maps met before are free, so a search may take more samples than evaluations: up to this."""
 
-_WHOLE: Final = {"samples": 2, "epochs": 0, "hidden": 1, "embedding": 0, "imitation": 0}
+_WHOLE: Final = {
+    "samples": 2,
+    "epochs": 0,
+    "hidden": 1,
+    "embedding": 0,
+    "imitation": 0,
+    "last_samples": 0,
+}
 """Options that are whole numbers, and the least that each may be."""
 
 
@@ -59,6 +66,8 @@ class PPOAgent:
         probe_share: Share of the evaluations that are single steps from the knapsack's map.
         further: Whether maps are read on the problem's further text, where it has some, the
             search's own is no larger than a piece of it, and only bits and memory are limited.
+        last_samples: Maps sampled around the policy's last mean where further text is read: they
+            are finalists, as are the mean's and the knapsack's.
         start: A policy to go on from, whose map is evaluated after the knapsack's; with a single
             evaluation it is the result. It also says ``hidden``, ``embedding`` and ``log_scale``.
     """
@@ -82,6 +91,7 @@ class PPOAgent:
     imitation_rate: float = 3e-3
     probe_share: float = 0.6
     further: bool = True
+    last_samples: int = 6
     start: Policy | None = None
 
     def __post_init__(self) -> None:
@@ -179,6 +189,7 @@ class PPOAgent:
             imitation=self.imitation,
             probes=int(self.probe_share * recorder.remaining),
             further=self.further,
+            last_samples=self.last_samples,
             believed=None if self.start is None else self.start.log_importance(problem),
         )
         with generators_left_alone():

@@ -209,7 +209,7 @@ def _point(problem: Problem, answer: Answer, judge: Evaluator | None, *, name: s
 
 
 def hypervolumes(points: Sequence[Point], costs: Sequence[str]) -> dict[str, float]:
-    """Return the hypervolume of every allocator's front, in the uniform maps' box.
+    """Return the hypervolume of every allocator's front, and of the uniform maps', in their box.
 
     Args:
         points: As :func:`trace` returns them.
@@ -218,10 +218,9 @@ def hypervolumes(points: Sequence[Point], costs: Sequence[str]) -> dict[str, flo
     values = objectives(points, costs)
     names = np.array([one.row.name for one in points])
     uniform = np.array([one.weights is None for one in points])
-    return {
-        str(name): hypervolume(values[names == name], values[uniform])
-        for name in dict.fromkeys(names[~uniform].tolist())
-    }
+    fronts = {str(name): names == name for name in dict.fromkeys(names[~uniform].tolist())}
+    fronts[UNIFORM.strip()] = uniform
+    return {name: hypervolume(values[own], values[uniform]) for name, own in fronts.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ columns at many prices instead of generated ones).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final
@@ -31,6 +31,29 @@ _WORK: Final = 3e8
 _LEAST_PRICES: Final = 3
 _BEAM: Final = 4096
 """Choices that are followed while columns are chosen."""
+
+
+def launches_of(usage: Callable[[Ints], Floats], shares: Floats, groups: Ints) -> Floats:
+    """Return what each format takes by being present in each group, (P, G, B), at least 0.
+
+    What a decision of the group takes in a format that no other has, beyond its own share.
+
+    Args:
+        usage: Takes maps, (K, D), to what they take, (K, P).
+        shares: What each format of a decision takes by itself, (P, D, B).
+        groups: The group of each decision, (D,).
+    """
+    formats = np.arange(shares.shape[2])
+    others = np.roll(formats, -1)
+    uniform = np.repeat(others[:, None], shares.shape[1], axis=1)
+    without = usage(uniform).T
+    found = []
+    for row in np.unique(groups, return_index=True)[1].tolist():
+        maps = uniform.copy()
+        maps[:, row] = formats
+        found.append(usage(maps).T - without + shares[:, row, others] - shares[:, row])
+    launches: Floats = np.maximum(np.stack(found, axis=1), 0.0)
+    return launches
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +78,7 @@ class GroupMenus:
     Attributes:
         shares: What each format takes of each limit that does not add up, (P, D, B).
         launches: What a format takes of these by being present in a group, (P, G, B).
+        worth: What it costs in the objective by that, (G, B).
         taken: What each format takes of each limit that adds up, (C, D, B).
         groups: The group of each decision, numbered from 0, (D,).
         sets: Sets of formats that a group may use, (S, B).
@@ -62,6 +86,7 @@ class GroupMenus:
 
     shares: Floats
     launches: Floats
+    worth: Floats
     taken: Floats
     groups: Ints
     sets: Flags
@@ -93,7 +118,7 @@ class GroupMenus:
 
     @cached_property
     def _members(self) -> list[Ints]:
-        return [np.flatnonzero(self.groups == group) for group in range(self.launches.shape[1])]
+        return [np.flatnonzero(self.groups == group) for group in range(len(self.worth))]
 
     def _columns(self, values: Floats, group: int) -> Columns:
         """Return what a group may hold: the best of each set of formats at many prices."""
@@ -101,7 +126,8 @@ class GroupMenus:
         own, shares = values[members], self.shares[:, members].sum(0)
         taken = self.taken[:, members].sum(0)
         grid = min(_WORK / (len(self.sets) * values.size), _PRICES)
-        count = max(int(grid**0.5 if len(self.taken) else grid), _LEAST_PRICES)
+        both = len(self.shares) > 0 and len(self.taken) > 0
+        count = max(int(grid**0.5 if both else grid), _LEAST_PRICES)
         barred = np.where(self.sets, 0.0, np.inf)[:, None, :] + own
         found = [
             (barred + price * shares + other * taken).argmin(2)
@@ -113,15 +139,17 @@ class GroupMenus:
         present = (contents[:, :, None] == np.arange(values.shape[1])).any(1)
         priced = self.shares[:, rows, contents].sum(2) + self.launches[:, group] @ present.T
         uses = np.concatenate([priced, self.taken[:, rows, contents].sum(2)])
-        worth = values[rows, contents].sum(1)
+        worth = values[rows, contents].sum(1) + present @ self.worth[group]
         kept = _undominated(np.concatenate([worth[None], uses]))
         return Columns(contents[kept], worth[kept], uses[:, kept])
 
     def _prices(self, values: Floats, taken: Floats, count: int) -> Iterator[float]:
         """Yield prices at which decisions weigh what they take against their values."""
         span = float(np.ptp(taken, axis=1).sum())
-        guess = float(np.ptp(values, axis=1).sum()) / span if span else 0.0
         yield 0.0
+        if not span:
+            return
+        guess = float(np.ptp(values, axis=1).sum()) / span
         yield from (guess * np.geomspace(1 / _PRICE_RANGE, _PRICE_RANGE, count)).tolist()
 
 
@@ -138,8 +166,8 @@ def _cheapest(columns: Sequence[Columns], limits: Floats) -> Ints | None:
     after = np.cumsum(least[::-1], axis=0)[::-1] - least  # what later groups take at least
     worth, used, taken = np.zeros(1), np.zeros((1, len(limits))), np.zeros((1, 0), np.int64)
     for one, rest in zip(columns, after, strict=True):
-        total = (used[:, None] + one.uses.T[None]).reshape(-1, len(limits))
         cost = (worth[:, None] + one.worth[None]).ravel()
+        total = (used[:, None] + one.uses.T[None]).reshape(len(cost), len(limits))
         fits = np.flatnonzero((total + rest <= limits).all(1))
         rank = cost[fits] + total[fits] @ prices
         kept = fits[np.argsort(rank, kind="stable")[:_BEAM]]
@@ -156,6 +184,8 @@ def _prices_of_relaxation(columns: Sequence[Columns], limits: Floats) -> Floats 
     """Return the limits' prices, (M,), where columns may be mixed; ``None`` where none meet."""
     from scipy.optimize import linprog
 
+    if not len(limits):
+        return np.zeros(0)
     sizes = np.array([len(one.worth) for one in columns])
     one_each = np.eye(len(columns))[:, np.repeat(np.arange(len(columns)), sizes)]
     found = linprog(

@@ -17,6 +17,7 @@ from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
 from dmpq.hw_models.bounds import Bounded
+from dmpq.launches import launches_of
 from dmpq.limits import (
     BITS_PER_BYTE,
     NOT_ADDITIVE,
@@ -413,8 +414,28 @@ class Problem:
             unhit=self.unhit,
             usage=self._usage,
             groups=self._decisions.layers,  # a layer's experts share launches
+            launch_values=self._launch_values,
             relaxation=self._relaxation(exact, bits),
         )
+
+    @cached_property
+    def _launch_values(self) -> Floats | None:
+        """What each format costs in the objective by being present in a layer, (G, B)."""
+        weights, base = self.weights, self.baselines
+        if not weights.lat and not weights.eng:
+            return None
+
+        def weighed(latency_s: Floats, energy_j: Floats) -> Floats:
+            total: Floats = weights.lat * latency_s / base.latency_s
+            return total + weights.eng * energy_j / base.energy_j
+
+        def usage(maps: Ints) -> Floats:
+            cost = self.costs(maps)
+            return weighed(cost.latency_s, cost.energy_j)[:, None]
+
+        own = weighed(self.linear_latency, self.linear_energy)[None]
+        launches: Floats = launches_of(usage, own, self._decisions.layers)[0]
+        return launches
 
     def _relaxation(self, exact: Ints, bits: Ints) -> Relaxation | None:
         """Return the limits relaxed, where some do not add up and the costs can be bounded.

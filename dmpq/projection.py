@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dmpq.errors import InputError
 from dmpq.knapsack import Mckp, solve_mckp_multi
-from dmpq.launches import GroupMenus
+from dmpq.launches import GroupMenus, launches_of
 from dmpq.local_search import descended, improved
 from dmpq.relaxation import Relaxation
 
@@ -81,6 +81,8 @@ class Projection:
         usage: Takes maps, (K, D), to what they take of each of the priced limits by the full cost
             model, as a share, (K, P).
         groups: Decisions of one number share launches, (D,).
+        launch_values: What a format costs in the objective by being present in a group, (G, B);
+            ``None`` where launches are not weighed.
         relaxation: The same limits, relaxed, where the hardware's costs can be bounded; its maps
             are tried where no other is found.
     """
@@ -93,6 +95,7 @@ class Projection:
     unhit: Ints
     usage: Callable[[Assignments], Floats]
     groups: Ints
+    launch_values: Floats | None = None
     relaxation: Relaxation | None = None
 
     def project(self, values: Floats) -> Ints:
@@ -106,7 +109,37 @@ class Projection:
         choice = self.solve(values)
         if self.priced and not self.feasible(choice[None])[0]:
             choice = self._improved(values)
+        elif self.launch_values is not None:
+            choice = self._with_fewer_launches(values, choice)
         return self._widen_unhit(values, choice)
+
+    def _with_fewer_launches(self, values: Floats, choice: Ints) -> Ints:
+        """Return a feasible map (D,), or a better one where launches are weighed.
+
+        Uniform maps and those of groups' columns save launches, which values do not see; the best
+        of these is then improved by single changes.
+        """
+        uniform = np.repeat(np.arange(values.shape[1])[:, None], len(values), axis=1)
+        maps = np.array([choice, *uniform, *self._of_groups(values)])
+        score = self._score(values)
+        best = maps[int(score(maps).argmin())]
+        if np.array_equal(best, choice):
+            return choice
+        return descended(best, values, self.groups, score)
+
+    def _score(self, values: Floats) -> Callable[[Ints], Floats]:
+        """Return what takes maps (K, D) to the objective, launches included; infinite beyond."""
+        rows, formats = np.arange(len(values)), np.arange(values.shape[1])
+        menus = self._group_menus
+
+        def score(maps: Ints) -> Floats:
+            total = values[rows, maps].sum(1)
+            for group, worth in enumerate(menus.worth):
+                inside = maps[:, menus.groups == group]
+                total += (inside[:, :, None] == formats).any(1) @ worth
+            return np.where(self.feasible(maps), total, np.inf)
+
+        return score
 
     @cached_property
     def _knapsack(self) -> Mckp:
@@ -187,14 +220,10 @@ class Projection:
         maps = np.array([*self.cheapest, *found.tried, *together, *subsets, *by_group])
         maps = np.unique(maps, axis=0)
         maps = maps[self.feasible(maps)]
-        rows = np.arange(len(values))
-
-        def worth(choice: Ints) -> float:
-            return float(values[rows, choice].sum())
-
-        order = np.argsort(values[rows, maps].sum(1), kind="stable")[:_STARTS]
+        score = self._score(values)
+        order = np.argsort(score(maps), kind="stable")[:_STARTS]
         starts = (improved(maps[k], values, self.groups, self._excess) for k in order)
-        return min(starts, key=worth)
+        return min(starts, key=lambda choice: float(score(choice[None])[0]))
 
     def _of_groups(self, values: Floats) -> Iterable[Ints]:
         """Yield the best maps by groups, with as much room as the full cost model leaves them."""
@@ -217,10 +246,12 @@ class Projection:
     def _group_menus(self) -> GroupMenus:
         """The limits as groups see them, launches included."""
         formats = self.sizes.shape[1]
-        _, firsts, groups = np.unique(self.groups, return_index=True, return_inverse=True)
+        groups = np.unique(self.groups, return_inverse=True)[1]
+        worth = self.launch_values
         return GroupMenus(
             shares=self._shares,
-            launches=np.stack([self._launches(row) for row in firsts.tolist()], axis=1),
+            launches=launches_of(self.usage, self._shares, groups),
+            worth=np.zeros((groups.max() + 1, formats)) if worth is None else worth,
             taken=self.exact / np.maximum(self.limits, 1)[:, None, None],
             groups=groups,
             sets=np.array([np.isin(np.arange(formats), one) for one in _subsets(formats)]),
@@ -229,19 +260,6 @@ class Projection:
     @cached_property
     def _shares(self) -> Floats:
         return np.array([*self.priced.values()]).reshape(-1, *self.sizes.shape)
-
-    def _launches(self, row: int) -> Floats:
-        """Return what formats take of the priced limits by being present in a decision's group.
-
-        What the decision takes in a format that no other has, beyond its linearised share, (P, B).
-        """
-        formats = np.arange(self.sizes.shape[1])
-        others = np.roll(formats, -1)
-        maps = np.repeat(others[:, None], len(self.sizes), axis=1)
-        without = self.usage(maps).T - self._shares[:, row, others]
-        maps[:, row] = formats
-        launches: Floats = self.usage(maps).T - without - self._shares[:, row]
-        return np.maximum(launches, 0.0)
 
     @cached_property
     def _fixed_shares(self) -> Floats:

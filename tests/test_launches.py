@@ -23,6 +23,7 @@ def drawn(seed, *, budgets=0):
     return values, GroupMenus(
         shares=np.sort(rng.uniform(0.02, 0.1, (1, 6, FORMATS)), axis=2),
         launches=rng.uniform(0.05, 0.15, (1, 2, FORMATS)),
+        worth=np.zeros((2, FORMATS)),
         taken=np.sort(rng.uniform(0.05, 0.3, (budgets, 6, FORMATS)), axis=2),
         groups=GROUPS,
         sets=SETS,
@@ -67,6 +68,7 @@ def test_it_sees_launches_that_prices_of_decisions_cannot():
     menus = GroupMenus(
         shares=np.tile([0.0, 0.1], (1, 6, 1)),
         launches=np.full((1, 2, 2), 0.2),
+        worth=np.zeros((2, 2)),
         taken=np.zeros((0, 6, 2)),
         groups=GROUPS,
         sets=np.array([[True, False], [False, True], [True, True]]),

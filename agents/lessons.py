@@ -50,7 +50,7 @@ class Lesson:
     def of(cls, problem: Problem, result: SearchResult) -> Lesson:
         """Return what a search's history teaches."""
         importance = ImportanceRegression(problem).believed_after(result.history)
-        damage = problem.sensitivity[:, 0].clip(0)
+        damage = problem.sensitivity[:, problem.menu.narrowest].clip(0)
         total = damage.sum()
         weight = damage / total if total > 0 else np.full(len(damage), 1 / len(damage))
         floor = np.exp(-_LOG_SCALE)

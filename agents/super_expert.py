@@ -59,7 +59,7 @@ class SuperExpertAgent(AdditiveAgent):
 def super_experts(profile: Profile) -> NDArray[np.bool_]:
     """Return which experts stand out by the paper's thresholds, (N,)."""
     used = profile.frequency > 0
-    error = profile.output_error[:, 0].clip(0)
+    error = profile.output_error[:, profile.menu.narrowest].clip(0)
     size = np.sqrt(np.divide(error, profile.frequency, out=np.zeros_like(error), where=used))
     chosen: NDArray[np.bool_] = (size > np.percentile(size, _PERCENTILE)) & (
         size > _SHARE_OF_LARGEST * size.max()

@@ -162,9 +162,9 @@ def measure_additivity(
 
     def interaction(chosen: NDArray[np.int64]) -> Interaction:
         alone = np.repeat(widest[None], 2 * len(chosen), axis=0)
-        alone[np.arange(len(alone)), chosen.ravel()] = 0
+        alone[np.arange(len(alone)), chosen.ravel()] = problem.menu.narrowest
         both = np.repeat(widest[None], len(chosen), axis=0)
-        np.put_along_axis(both, chosen, 0, axis=1)
+        np.put_along_axis(both, chosen, problem.menu.narrowest, axis=1)
         apart = (losses(alone) - floor).reshape(-1, 2).sum(1)
         shares = (losses(both) - floor - apart) / np.where(apart > 0, apart, np.nan)
         known = shares[np.isfinite(shares)]

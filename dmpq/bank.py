@@ -2,7 +2,8 @@
 
 An expert at one width is a *virtual expert*: a layer of E experts and B formats is one MoE layer
 of E * B experts, and a bit map only remaps the router's indices (``e * B + format``). Changing
-bits costs nothing, and the matrix products are those of transformers' ``grouped_mm``.
+bits costs nothing, and the matrix products are those of transformers' ``grouped_mm``. A pruned
+expert is no virtual expert: its tokens are computed for nobody (:mod:`dmpq.pruning`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import nn
 
 from dmpq.formats import Menu
 from dmpq.moe import Experts, MoEModel, run_stacked
+from dmpq.pruning import renormalised
 from dmpq.quantization import QuantizedTensor, pack_codes, quantize, unpack_codes
 
 DEFAULT_BANK_MEMORY: Final = 8 * 2**30
@@ -63,12 +65,14 @@ class LayerBank:
         self.menu = menu
         self.selected: torch.Tensor | None = None
         self._choice = np.zeros((1, experts.num_experts, 2), np.int64)
+        self._prunes = bool(menu.pruned[0])
         self._virtual_of: torch.Tensor | None = None
+        self._place = {index: place for place, index in enumerate(menu.stored)}
         self._packed: list[tuple[_Packed, _Packed] | None] = []
         self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
         dtype = experts.down.dtype
         variants: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for fmt in menu.formats:
+        for fmt in (menu.formats[index] for index in menu.stored):
             if fmt.is_full:
                 self._packed.append(None)
                 variants.append((experts.gate_up, experts.down))
@@ -88,15 +92,21 @@ class LayerBank:
     @cached_property
     def _virtual(self) -> SimpleNamespace:
         assert self._dense is not None
-        return self.experts.stacked(*self._dense, copies=len(self.menu))
+        return self.experts.stacked(
+            *self._dense, copies=len(self._place), gaps=bool(self.menu.pruned.any())
+        )
 
     def choose(self, formats: NDArray[np.integer]) -> None:
         """Set the formats to run with, (K, E, 2); row block k of the batch gets map k."""
         self._choice = np.asarray(formats, np.int64)
+        self._prunes = bool(self.menu.pruned[self._choice].any())
         self._virtual_of = None
         up, down = self._choice[..., 0], self._choice[..., 1]
         if self._dense is not None and np.array_equal(up, down):
-            virtual = np.arange(up.shape[1]) * len(self.menu) + up
+            copies = len(self._place)
+            nobody = up.shape[1] * copies
+            place = np.array([self._place.get(i, nobody) for i in range(len(self.menu))])
+            virtual = np.minimum(np.arange(up.shape[1]) * copies + place[up], nobody)
             self._virtual_of = torch.from_numpy(virtual).to(self.experts.down.device)
 
     def __call__(
@@ -111,7 +121,7 @@ class LayerBank:
             else:
                 rows = index.view(len(choice), -1)
                 virtual = self._virtual_of.gather(1, rows).view_as(index)
-            return run_stacked(self._virtual, hidden, virtual, weights)
+            return self._run(self._virtual, hidden, virtual, weights)
         blocks = zip(
             choice,
             hidden.chunk(len(choice)),
@@ -128,11 +138,24 @@ class LayerBank:
         index: torch.Tensor,
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        view = self.experts.stacked(*self.select(choice))
-        return run_stacked(view, hidden, index, weights)
+        pruned = self.menu.pruned[choice[:, 0]]
+        view = self.experts.stacked(*self.select(choice), gaps=bool(pruned.any()))
+        own = np.where(pruned, len(pruned), np.arange(len(pruned)))
+        return self._run(view, hidden, torch.from_numpy(own).to(index.device)[index], weights)
+
+    def _run(
+        self,
+        view: SimpleNamespace,
+        hidden: torch.Tensor,
+        virtual: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        if self._prunes:
+            weights = renormalised(weights, virtual < view.num_experts)
+        return run_stacked(view, hidden, virtual, weights)
 
     def select(self, choice: NDArray[np.integer]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the weights of one map, (E, out, in) each for gate+up and down.
+        """Return the weights of one map, (E, out, in) each for gate+up and down; pruned ones 0.
 
         Args:
             choice: int64 (E, 2), formats of gate+up and of down.
@@ -152,17 +175,21 @@ class LayerBank:
 
         Args:
             expert: Index in the layer.
-            fmt: Index on the menu; ``None`` for the checkpoint's own weights.
+            fmt: Index on the menu, zeros where that is pruned; ``None`` for the checkpoint's own
+                weights.
         """
         if fmt is None:
             return self.experts.gate_up[expert], self.experts.down[expert]
         return self._variant(expert, 0, fmt), self._variant(expert, 1, fmt)
 
     def _variant(self, expert: int, side: int, fmt: int) -> torch.Tensor:
-        if self._dense is not None:
-            return self._dense[side][expert * len(self.menu) + fmt]
-        packed = self._packed[fmt]
         full = (self.experts.gate_up, self.experts.down)[side]
+        if self.menu.formats[fmt].is_pruned:
+            return torch.zeros_like(full[expert])
+        place = self._place[fmt]
+        if self._dense is not None:
+            return self._dense[side][expert * len(self._place) + place]
+        packed = self._packed[place]
         return full[expert] if packed is None else packed[side].expert(expert, full.dtype)
 
 
@@ -188,7 +215,7 @@ class Bank:
         self.moe = moe
         self.menu = menu
         itemsize = moe.containers[0].down.element_size()
-        self.dense = moe.spec.expert_parameters * len(menu) * itemsize <= memory_bytes
+        self.dense = moe.spec.expert_parameters * len(menu.stored) * itemsize <= memory_bytes
         self.layers: list[LayerBank] = []
         for experts in moe.containers:
             self.layers.append(LayerBank(experts, menu, dense=self.dense))
@@ -202,7 +229,12 @@ class Bank:
             yield
 
     def choose(self, formats: NDArray[np.integer]) -> None:
-        """Set the formats of all experts for the next forward, (K, N, 2)."""
+        """Set the formats of all experts for the next forward, (K, N, 2).
+
+        Raises:
+            InputError: If a map prunes one projection of an expert and keeps the other.
+        """
+        self.menu.check_whole(formats)
         start = 0
         for layer in self.layers:
             stop = start + layer.experts.num_experts

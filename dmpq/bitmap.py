@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from dmpq.errors import InputError, unknown
 from dmpq.files import replace_atomically
-from dmpq.formats import Format, Menu
+from dmpq.formats import PRUNED_WIDTH, Format, Menu
 from dmpq.spec import ModelSpec
 
 SCHEMA: Final = "dmpq.bitmap/1"
 MAX_FILE_BYTES: Final = 64 << 20
 PROJECTIONS: Final = ("gate_up", "down")
+_PRUNED: Final = Format(PRUNED_WIDTH).key
 
 Keys = Sequence[str]
 LayerAssignment = Keys | Mapping[str, Keys]
@@ -387,7 +388,7 @@ def _check_assignment(bitmap: BitMap) -> None:
                 f"The {where} sets projections apart, but serve is {bitmap.serve!r}; "
                 "give one list, or serve 'projection'."
             )
-        parts = _members(where, given, PROJECTIONS).values() if split else [given]
+        parts = [*_members(where, given, PROJECTIONS).values()] if split else [given]
         for part in parts:
             if not isinstance(part, list) or len(part) != layer.num_experts:
                 got = f"{len(part)} entries" if isinstance(part, list) else f"{str(part)[:40]!r}"
@@ -403,6 +404,13 @@ def _check_assignment(bitmap: BitMap) -> None:
                     f"The {where} mixes formats, but serve is 'layer'; give all its experts one "
                     "format, or serve 'expert'."
                 )
+        if split and any(
+            (up == _PRUNED) != (down == _PRUNED) for up, down in zip(*parts, strict=True)
+        ):
+            raise InputError(
+                f"The {where} prunes one projection of an expert and keeps the other; an expert "
+                f"is pruned whole: give both {_PRUNED!r}, or neither."
+            )
 
 
 def _check_schema(data: Any) -> None:

@@ -32,7 +32,9 @@ class SearchConfig:
     model: str = _option("reference", "'reference', a local checkpoint folder, or a hub id")
     revision: str | None = _option(None, "revision of a hub model")
     dataset: str = _option("embedded", "'embedded', a local file or folder, or a hub name")
-    bits: str = _option("2,3,4,8,16", "formats on offer, as in 2,3,4,8,16 or 2g32,4")
+    bits: str = _option(
+        "2,3,4,8,16", "formats on offer, as in 2,3,4,8,16 or 2g32,4; 0 prunes experts"
+    )
     group_sizes: str | None = _option(
         None, "weights per scale, as in 32,64,128: each width is offered with every one"
     )

@@ -10,13 +10,27 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.errors import unknown
+from dmpq.errors import InputError, unknown
+from dmpq.formats import Menu
 from dmpq.spec import ModelSpec
 
 Serve = Literal["expert", "projection", "layer"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Assignments = NDArray[np.integer]
+
+
+def check_whole(serve: Serve, menu: Menu) -> None:
+    """Refuse to decide over projections where experts can be pruned, which they are whole.
+
+    Raises:
+        InputError: If both are asked for.
+    """
+    if serve == "projection" and menu.pruned.any():
+        raise InputError(
+            "--serve projection gives gate+up and down formats of their own, and an expert is "
+            "pruned (0 bits) whole; leave 0 out of --bits, or use --serve expert."
+        )
 
 
 @dataclass(frozen=True, eq=False)

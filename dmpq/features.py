@@ -60,8 +60,8 @@ def rows(
             f"sensitivity_{name}": log_standardised(column)
             for name, column in zip(format_names(profile.menu), sensitivity.T, strict=True)
         },
-        "output_error": log_standardised(mean(profile.output_error[:, 0])),
-        "proxy": log_standardised(mean(profile.proxy[:, 0])),
+        "output_error": log_standardised(mean(profile.output_error[:, profile.menu.narrowest])),
+        "proxy": log_standardised(mean(profile.proxy[:, profile.menu.narrowest])),
         "weight_norm": log_standardised(mean(profile.weight_norm)),
         "kurtosis": standardised(mean(profile.kurtosis)),
         "outlier_ratio": log_standardised(mean(profile.outlier_ratio)),

@@ -18,6 +18,7 @@ QuantizerName = Literal["rtn", "hqq"]
 QUANTIZERS: Final[tuple[QuantizerName, ...]] = ("rtn", "hqq")
 QUANTIZED_WIDTHS: Final = (2, 3, 4, 8)
 FULL_WIDTH: Final = 16
+PRUNED_WIDTH: Final = 0
 DEFAULT_GROUP_SIZE: Final = 128
 SCALE_BITS: Final = 16
 
@@ -29,7 +30,9 @@ class Format:
     """One way to store a weight matrix.
 
     Attributes:
-        bits: Nominal width; 16 is the checkpoint's own precision.
+        bits: Nominal width; 16 is the checkpoint's own precision, 0 a pruned expert: nothing of
+            it is stored, and the routing weights of a token's other experts take up its own
+            (:mod:`dmpq.pruning`).
         group_size: Number of consecutive input weights that share a scale.
     """
 
@@ -37,15 +40,18 @@ class Format:
     group_size: int = DEFAULT_GROUP_SIZE
 
     def __post_init__(self) -> None:
-        if self.bits not in (*QUANTIZED_WIDTHS, FULL_WIDTH):
+        if self.bits not in (PRUNED_WIDTH, *QUANTIZED_WIDTHS, FULL_WIDTH):
             allowed = ", ".join(str(b) for b in (*QUANTIZED_WIDTHS, FULL_WIDTH))
-            raise InputError(f"Bit-width {self.bits} is not on offer; choose among {allowed}.")
+            raise InputError(
+                f"Bit-width {self.bits} is not on offer; choose among {allowed}, or 0 for a "
+                "pruned expert."
+            )
         if self.group_size < 1:
             raise InputError(
                 f"Group size {self.group_size} is not positive; choose for example 32, 64 or 128."
             )
-        if self.is_full and self.group_size != DEFAULT_GROUP_SIZE:
-            raise InputError("16 bits are stored without groups; write '16'.")
+        if not self.is_quantized and self.group_size != DEFAULT_GROUP_SIZE:
+            raise InputError(f"{self.bits} bits are stored without groups; write '{self.bits}'.")
 
     @classmethod
     def parse(cls, key: str) -> Format:
@@ -65,6 +71,16 @@ class Format:
     def is_full(self) -> bool:
         """Whether this is the checkpoint's own precision."""
         return self.bits == FULL_WIDTH
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether nothing is stored: the expert is left out."""
+        return self.bits == PRUNED_WIDTH
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights are stored as codes in groups."""
+        return not (self.is_full or self.is_pruned)
 
     def group_along(self, in_features: int) -> int:
         """Return the group size along an input of ``in_features``: never wider than the input.
@@ -126,7 +142,8 @@ class Menu:
 
         Raises:
             InputError: If a key, a group size or the quantizer is none, if a format is named
-                twice, or if a key names a group size beside those given for all.
+                twice, if a key names a group size beside those given for all, or if pruned is
+                all that is on offer.
         """
         if quantizer not in QUANTIZERS:
             raise unknown("quantizer", quantizer, QUANTIZERS)
@@ -142,10 +159,16 @@ class Menu:
             sizes = [size.strip() for size in group_sizes.split(",") if size.strip()]
             if not sizes:
                 raise InputError("No group sizes are given; write some, as in 32,64,128.")
-            quantized = [name for name in names if name != str(FULL_WIDTH)]
-            full = [name for name in names if name == str(FULL_WIDTH)]
-            names = [*(f"{name}g{size}" for name in quantized for size in sizes), *full]
-        return cls(tuple(map(Format.parse, names)), quantizer, symmetric)
+            without = (str(PRUNED_WIDTH), str(FULL_WIDTH))
+            quantized = [name for name in names if name not in without]
+            rest = [name for name in names if name in without]
+            names = [*(f"{name}g{size}" for name in quantized for size in sizes), *rest]
+        menu = cls(tuple(map(Format.parse, names)), quantizer, symmetric)
+        if not menu.stored:
+            raise InputError(
+                "The menu offers pruned experts (0) alone; give a width besides, as in '0,2,4,16'."
+            )
+        return menu
 
     def __len__(self) -> int:
         """Return the number of formats."""
@@ -160,6 +183,46 @@ class Menu:
     def bits(self) -> NDArray[np.int64]:
         """The nominal width of each format, shape (B,)."""
         return np.array([f.bits for f in self.formats])
+
+    @cached_property
+    def pruned(self) -> NDArray[np.bool_]:
+        """Whether each format is a pruned expert, shape (B,)."""
+        return np.array([f.is_pruned for f in self.formats])
+
+    @cached_property
+    def stored(self) -> tuple[int, ...]:
+        """Positions of the formats that store weights, cheapest first."""
+        return tuple(np.flatnonzero(~self.pruned).tolist())
+
+    @property
+    def narrowest(self) -> int:
+        """Position of the narrowest format that stores weights: the yardstick of damage.
+
+        A model without any expert is none: its loss says little of what quantization costs, and
+        it would make menus with and without pruning incomparable.
+        """
+        return self.stored[0] if self.stored else 0
+
+    @property
+    def pruning(self) -> tuple[int, int] | None:
+        """Positions of the pruned format and of the narrowest stored one; ``None`` without."""
+        return (self.pruned.tolist().index(True), self.narrowest) if self.pruned.any() else None
+
+    def check_whole(self, pairs: NDArray[np.integer]) -> None:
+        """Refuse maps that prune one projection of an expert and keep the other.
+
+        Args:
+            pairs: (..., 2), positions of gate+up and of down.
+
+        Raises:
+            InputError: If there is one.
+        """
+        halves = self.pruned[pairs[..., 0]] != self.pruned[pairs[..., 1]]
+        if halves.any():
+            raise InputError(
+                f"A map prunes one projection of an expert and keeps the other ({halves.sum()} "
+                "times); an expert is pruned whole: give both 0, or neither."
+            )
 
     def index(self, key: str) -> int:
         """Return the position of a key on the menu."""
@@ -181,9 +244,9 @@ class Menu:
         out_features, in_features = shape
         weights = out_features * in_features
         stored = [
-            weights * f.bits
-            if f.is_full
-            else weights * f.bits + weights // f.group_along(in_features) * self.overhead_bits(f)
+            weights * f.bits + weights // f.group_along(in_features) * self.overhead_bits(f)
+            if f.is_quantized
+            else weights * f.bits
             for f in self.formats
         ]
         return np.array(stored)

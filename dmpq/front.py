@@ -75,12 +75,14 @@ def front(config: SearchConfig, console: Console) -> None:
 def budgets(problem: Problem) -> NDArray[np.float64]:
     """Return limits on effective bits, evenly spaced on a log scale.
 
-    From 2% above the smallest map to the uniform map of 8 bits, or of the widest format below.
+    From 2% above the smallest uniform map, or half of it where experts can be pruned, to the
+    uniform map of 8 bits, or of the widest format below.
     """
     every = np.arange(len(problem.menu))[:, None].repeat(problem.num_decisions, 1)
     stored = problem.effective_bits(every)
     narrow = stored[problem.menu.bits <= _WIDEST]
-    return np.geomspace(1.02 * stored.min(), max(narrow, default=stored.max()), _BUDGETS)
+    least = stored[~problem.menu.pruned].min() * (1.02 if problem.menu.pruning is None else 0.5)
+    return np.geomspace(least, max(narrow, default=stored.max()), _BUDGETS)
 
 
 def _proposed(session: Session, policy: Policy, folder: Path) -> list[Row]:

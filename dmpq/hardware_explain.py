@@ -263,7 +263,7 @@ def formats_table(explanation: Explanation) -> Table:
         times = (busy.memory_s, busy.compute_s, busy.unpack_s, launch.fixed_s)
         table.add_row(
             use.key,
-            f"{use.kernel_bits} bits",
+            f"{use.kernel_bits} bits" if use.kernel_bits else "none",
             f"{use.experts:,g}",
             f"{use.active:,.1f}",
             *(_number(time * scale) for time in times),

@@ -143,9 +143,12 @@ class HardwareLoop:
         return loop
 
     def start(self) -> None:
-        """Measure one uniform map per kernel, and correct the costs by them."""
+        """Measure one uniform map per kernel, and correct the costs by them.
+
+        Where every expert is pruned there is nothing to measure.
+        """
         menu = self.whole.menu
-        first = {self.whole.kernel_of(fmt): i for i, fmt in enumerate(menu.formats)}
+        first = {self.whole.kernel_of(menu.formats[i]): i for i in menu.stored}
         for done, index in enumerate(first.values(), start=1):
             self._observe(np.full(self.whole.spec.num_experts, index))
             if self.progress is not None:

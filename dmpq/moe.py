@@ -96,6 +96,7 @@ class Experts:
         *,
         copies: int = 1,
         only: int | None = None,
+        gaps: bool = False,
     ) -> SimpleNamespace:
         """Return what the interface's forward reads, over other weights.
 
@@ -104,6 +105,8 @@ class Experts:
             down: (E * copies, out, in).
             copies: Virtual experts per expert.
             only: Index of the one expert that the weights belong to (E = 1); ``None`` for all.
+            gaps: Whether the index ``E * copies`` stands for no expert: nothing is computed for
+                it, and it adds zeros. The interface means an expert on another device by it.
         """
         module = self.module
         view = {
@@ -111,7 +114,7 @@ class Experts:
             self._up_name: gate_up.mT if module.is_transposed else gate_up,
             "down_proj": down.mT if module.is_transposed else down,
             "_apply_gate": module._apply_gate,
-            "_is_expert_parallel": False,
+            "_is_expert_parallel": gaps,
             **{flag: getattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")},
             "has_post_expert_norm": getattr(module, "has_post_expert_norm", False),
         }

@@ -25,7 +25,7 @@ class Weights:
     """How much each term of the reward counts; not negative.
 
     Attributes:
-        acc: Of the damage, relative to that of the narrowest uniform map.
+        acc: Of the damage, relative to that of the narrowest uniform map that prunes nothing.
         lat: Of the latency, relative to that of the baseline map.
         mem: Of the memory, likewise.
         eng: Of the energy, likewise.
@@ -144,7 +144,7 @@ class Baselines:
     """What the reward's terms are relative to; all above 0.
 
     Attributes:
-        damage: KL of the narrowest uniform map, nats per token.
+        damage: KL of the narrowest uniform map that prunes nothing, nats per token.
         latency_s: Of the uniform 8-bit map, or the widest quantized one where 8 is not offered.
         memory_bytes: Of the same map.
         energy_j: Of the same map.

@@ -204,7 +204,7 @@ def _studied(
         free = session.problem(
             profile, evaluator=session.evaluator("search"), further=session.further()
         )
-        narrowest = np.zeros((1, free.num_decisions), np.int64)
+        narrowest = np.full((1, free.num_decisions), free.menu.narrowest)
         limit = float(free.effective_bits(narrowest)[0]) + bits
         problem = replace(free, constraints=Constraints(avg_bits=limit), weights=weights)
         several = f", {weights.spelled()}" if len(taught) > 1 else ""

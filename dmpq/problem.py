@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq import features
-from dmpq.decisions import Assignments, Decisions, Floats, Ints, Serve
+from dmpq.decisions import Assignments, Decisions, Floats, Ints, Serve, check_whole
 from dmpq.errors import InputError
 from dmpq.evaluation import Evaluator, SurrogateEvaluator
 from dmpq.formats import Menu
@@ -99,8 +99,8 @@ class Problem:
     the model itself, costs at ``cost_spec``.
 
     Experts that calibration never hit have sensitivities of exactly 0. They get the narrowest
-    format, unless budget is left that nothing else can use and the reward does not fall: then they
-    are widened in turn.
+    format that is stored, unless budget is left that nothing else can use and the reward does not
+    fall: then they are widened in turn. On being pruned see :mod:`dmpq.projection`.
 
     Attributes:
         profile: The experts' statistics; its menu is the problem's.
@@ -139,6 +139,7 @@ class Problem:
                 f"Costs are to be computed for {self.cost_spec.name}, which has other layers or "
                 f"experts than {self.spec.name}; use its widths only (with_widths_of)."
             )
+        check_whole(self.serve, self.menu)
         refuse_impossible(
             self.limits,
             self.projection,
@@ -266,14 +267,16 @@ class Problem:
     def baselines(self) -> Baselines:
         """What the reward's terms are relative to.
 
-        A damage that is not positive (a menu of full precision alone) counts as 1 nat per token.
+        Damage is that of the narrowest format that is stored, pruned experts or not on the menu,
+        so that rewards stay comparable. One that is not positive (a menu of full precision alone)
+        counts as 1 nat per token.
         """
-        widths = self.menu.bits
-        quantized = np.flatnonzero(widths <= _BASELINE_WIDTH)
-        index = int(quantized[-1]) if quantized.size else 0
+        widths, narrowest = self.menu.bits, self.menu.narrowest
+        quantized = np.flatnonzero(~self.menu.pruned & (widths <= _BASELINE_WIDTH))
+        index = int(quantized[-1]) if quantized.size else narrowest
         index = int(np.flatnonzero(widths == widths[index])[0])
         cost = self.costs(np.full((1, self.num_decisions), index))
-        damage = float(self.profile.uniform_kl[0])
+        damage = float(self.profile.uniform_kl[narrowest])
         return Baselines(
             damage=damage if damage > 0 else 1.0,
             latency_s=float(cost.latency_s[0]),
@@ -412,6 +415,7 @@ class Problem:
             limits=bits,
             priced={name: shares[name] / given[name] for name in NOT_ADDITIVE if name in given},
             unhit=self.unhit,
+            pruning=self.menu.pruning,
             usage=self._usage,
             groups=self._decisions.layers,  # a layer's experts share launches
             launch_values=self._launch_values,

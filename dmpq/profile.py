@@ -51,7 +51,8 @@ class Profile:
             the widest uniform map.
         projection_sensitivity: (N, 2, B), the same for gate+up and for down alone; or None.
         output_error: (N, B), squared error of the expert's routed output, averaged over all
-            calibration tokens.
+            calibration tokens; where it is pruned, of its layer's, whose other experts then weigh
+            more.
         proxy: (N, B), squared product of output error and loss gradient per token, averaged:
             a sensitivity from one forward and backward pass (GEMQ, arXiv 2605.23078).
         weight_norm: (N,), Frobenius norm of all the expert's weights.
@@ -143,21 +144,21 @@ class Profile:
         return np.flatnonzero(self.hits == 0)
 
     def head_room(self) -> dict[str, float]:
-        """Return AM/GM of the experts' squared output errors at the narrowest width.
+        """Return AM/GM of the experts' squared output errors at the narrowest stored width.
 
         The gain that an ideal allocation can bring over a uniform one at high resolution
         (coding gain): within the layers by squared output error (mean of their ratios), and over
         all experts by sensitivity. Values near 1 leave nothing to win.
         """
-        hit = self.hits > 0
+        hit, narrowest = self.hits > 0, self.menu.narrowest
         layers = self.spec.layer_of_expert
         within = [
-            _am_over_gm(self.output_error[hit & (layers == layer), 0])
+            _am_over_gm(self.output_error[hit & (layers == layer), narrowest])
             for layer in np.unique(layers)
         ]
         return {
             "within_layers": float(np.mean(within)),
-            "whole_model": _am_over_gm(self.sensitivity[hit, 0]),
+            "whole_model": _am_over_gm(self.sensitivity[hit, narrowest]),
         }
 
     def save(self, path: str | Path) -> None:

@@ -20,9 +20,11 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.bank import LayerBank
 from dmpq.data import Draw
+from dmpq.errors import InputError
 from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel, run_stacked
 from dmpq.profile import Profile, Signal
+from dmpq.pruning import pruning_error
 from dmpq.spec import ModelSpec
 
 BACKWARD_COST: Final = 2.0
@@ -47,14 +49,14 @@ class _Capture:
         self.output.retain_grad()
         return self.output
 
-    def taken(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return hidden (T, H), index (T, K), weights (T, K) and output gradient (T, H)."""
+    def taken(self) -> tuple[torch.Tensor, ...]:
+        """Return hidden (T, H), index and weights (T, K), output and its gradient (T, H)."""
         assert self.hidden is not None
         assert self.index is not None
         assert self.weights is not None
         assert self.output is not None
         assert self.output.grad is not None
-        return self.hidden, self.index, self.weights, self.output.grad
+        return self.hidden, self.index, self.weights, self.output.detach(), self.output.grad
 
 
 @dataclass
@@ -91,7 +93,15 @@ def measure_profile(
         signal: Measure each variant's KL, or take it from gradients.
         progress: Called with the number of variants measured, and of all variants; with gradients,
             of batches.
+
+    Raises:
+        InputError: If projections are to be told apart on a menu with pruned experts.
     """
+    if projections and evaluator.bank.menu.pruned.any():
+        raise InputError(
+            "Projections are to be measured apart, but the menu offers pruned experts (0), which "
+            "are pruned whole; leave 0 out, or measure whole experts."
+        )
     gradient = signal == "gradient"
     sums = _gradient_pass(
         evaluator, apart=gradient and projections, progress=progress if gradient else None
@@ -272,7 +282,7 @@ def _gradient_pass(evaluator: ModelEvaluator, *, apart: bool, progress: Progress
 
 
 def _collect(sums: _Sums, start: int, layer: LayerBank, capture: _Capture) -> None:
-    hidden, index, weights, gradient = capture.taken()
+    hidden, index, weights, output, gradient = capture.taken()
     for expert in range(layer.experts.num_experts):
         tokens, slots = torch.where(index == expert)
         row = start + expert
@@ -290,7 +300,11 @@ def _collect(sums: _Sums, start: int, layer: LayerBank, capture: _Capture) -> No
             if layer.menu.formats[fmt].is_full:
                 continue
             up, down = layer.variant(expert, fmt)
-            error = _one_expert(layer, expert, (up, down), hidden[tokens], weight) - exact
+            if layer.menu.formats[fmt].is_pruned:
+                others = weights[tokens].sum(1) - weight
+                error = pruning_error(output[tokens], exact, weight, others)
+            else:
+                error = _one_expert(layer, expert, (up, down), hidden[tokens], weight) - exact
             sums.output_error[row, fmt] += float(error.square().sum(dtype=torch.float64))
             sums.proxy[row, fmt] += _damage(error, slope)
             if sums.side_proxy is not None:

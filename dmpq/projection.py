@@ -78,6 +78,8 @@ class Projection:
         limits: These limits, (C,).
         priced: The limits that do not add up: name → linearised shares of them, (D, B).
         unhit: Decisions that calibration says nothing about.
+        pruning: Positions of the pruned format and of the narrowest that is stored; ``None``
+            where experts cannot be pruned.
         usage: Takes maps, (K, D), to what they take of each of the priced limits by the full cost
             model, as a share, (K, P).
         groups: Decisions of one number share launches, (D,).
@@ -97,6 +99,7 @@ class Projection:
     groups: Ints
     launch_values: Floats | None = None
     relaxation: Relaxation | None = None
+    pruning: tuple[int, int] | None = None
 
     def project(self, values: Floats) -> Ints:
         """Return the map of least value within every limit, (D,).
@@ -106,6 +109,7 @@ class Projection:
         Args:
             values: (D, B), what each format costs in the objective; smaller is better.
         """
+        values = self._sparing_unhit(values)
         choice = self.solve(values)
         if self.priced and not self.feasible(choice[None])[0]:
             choice = self._improved(values)
@@ -318,6 +322,22 @@ class Projection:
             lowest: Ints = values.argmin(1)
             return lowest
         return solve_mckp_multi(values, exact, self.limits)
+
+    def _sparing_unhit(self, values: Floats) -> Floats:
+        """Return values by which experts that calibration never hit are not pruned lightly.
+
+        A width that is too narrow costs a text that hits them some accuracy, pruning all of it.
+        So they lose by it what the median of the other decisions loses.
+        """
+        hit = np.setdiff1d(np.arange(len(values)), self.unhit)
+        if self.pruning is None or not len(self.unhit) or not len(hit):
+            return values
+        pruned, narrowest = self.pruning
+        lost = np.median(values[hit, pruned] - values[hit, narrowest])
+        spared = values.copy()
+        least = values[self.unhit, narrowest] + lost
+        spared[self.unhit, pruned] = np.maximum(values[self.unhit, pruned], least)
+        return spared
 
     def _widen_unhit(self, values: Floats, choice: Ints) -> Ints:
         """Widen experts that calibration never hit, in turn, by what nothing else can use."""

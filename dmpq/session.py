@@ -198,7 +198,13 @@ class Session:
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of the profile and its text, one sentence each."""
         estimated = "sensitivities are estimated from gradients, not measured"
-        own = (estimated,) if self.config.signal == "gradient" else ()
+        pruned = (
+            "gradients understate what pruning (0 bits) loses, by half on the reference model; "
+            "measure it (--signal sensitivity), or leave 0 out of --bits"
+        )
+        own: tuple[str, ...] = (estimated,) if self.config.signal == "gradient" else ()
+        if own and self.menu.pruned.any():
+            own = (estimated, pruned)
         if self.config.profile is None:
             return own
         drawn = self._saved_profile.drawn

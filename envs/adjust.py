@@ -84,7 +84,7 @@ class ExpertBitsAdjustEnv(BitMapEnv[np.int64]):
         order = (
             np.arange(decisions)
             if groups is None
-            else np.argsort(problem.sensitivity[:, 0], kind="stable")
+            else np.argsort(problem.sensitivity[:, problem.menu.narrowest], kind="stable")
         )
         self._groups = np.array_split(order, groups or decisions)
         self._fixed = np.concatenate([problem.features.ravel(), problem.context], dtype=np.float32)

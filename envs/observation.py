@@ -46,7 +46,7 @@ class NamedParts:
     ============== ======= ======= ===========================================================
     name           size    range   meaning
     ============== ======= ======= ===========================================================
-    bits           D       [0, 1]  current nominal width / 16; 0 where undecided
+    bits           D       [0, 1]  current nominal width / 16; 0 where undecided or pruned
     frequency      D       [-1, 1] how often the router selects the expert, log scale
     contribution   D       [-1, 1] gradient of the loss at the expert's output, log scale
     sensitivity    D * B   [-1, 1] KL of each single format, log scale, decision by decision

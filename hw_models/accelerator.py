@@ -132,8 +132,10 @@ class Accelerator:
         """Return the format in which weights of ``fmt`` are stored: itself, or a wider one.
 
         A format wider than every storable width is itself, in several planes; see
-        :meth:`passes`.
+        :meth:`passes`. So is a pruned expert, of which nothing is stored.
         """
+        if fmt.is_pruned:
+            return fmt
         wider = [bits for bits in self.weight_bits if bits >= fmt.bits]
         if not wider or wider[0] == fmt.bits:
             return fmt

@@ -29,8 +29,8 @@ from typing import Final, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.formats import FULL_WIDTH, Menu
-from dmpq.hw_models.base import Cost, Floats, Workload
+from dmpq.formats import FULL_WIDTH, Format, Menu
+from dmpq.hw_models.base import NOTHING_RUNS, Cost, Floats, Workload
 from dmpq.hw_models.bounds import Line, StepBound
 from dmpq.hw_models.device import Device, Math, Stack, figures
 from dmpq.hw_models.explanation import Explanation, FormatUse
@@ -241,9 +241,13 @@ class AnalyticalModel:
                     key=menu.keys[b],
                     experts=float(sum(use)) / 2,
                     active=float(woken[b]),
-                    launches=int(launches[b]),
-                    kernel_bits=self.kernel_stack.kernel(menu.formats[b].bits).bits,
-                    kernel=self._modelled(menu.formats[b].bits),
+                    launches=int(launches[b] * tables.runs[b]),
+                    kernel_bits=(
+                        self.kernel_stack.kernel(menu.formats[b].bits).bits
+                        if tables.runs[b]
+                        else 0
+                    ),
+                    kernel=self._modelled(menu.formats[b]),
                 )
                 for b, use in enumerate(uses)
                 if sum(use)
@@ -319,7 +323,7 @@ class AnalyticalModel:
             )
             own = (
                 per_byte * active * tables.traffic_bytes[layers]
-                + per_flop * rows * tables.flops_per_row[layers][:, :, None]
+                + per_flop * rows * tables.flops_per_row[layers][:, :, None] * tables.runs
             )
             others = (
                 power.base_w * fixed
@@ -350,7 +354,8 @@ class AnalyticalModel:
 
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
         """Return one note for each format whose width the device does not have as it is."""
-        found = ((fmt.key, self._what_lacks(fmt.bits)) for fmt in menu.formats)
+        stored = (menu.formats[index] for index in menu.stored)
+        found = ((fmt.key, self._what_lacks(fmt.bits)) for fmt in stored)
         return tuple(f"{key}: {what}" for key, what in found if what)
 
     def _what_lacks(self, bits: int) -> str:
@@ -374,10 +379,12 @@ class AnalyticalModel:
 
     def kernels(self, menu: Menu) -> dict[str, str]:
         """Return the stack's name and the width that each format's time is modelled at."""
-        return {fmt.key: self._modelled(fmt.bits) for fmt in menu.formats}
+        return {fmt.key: self._modelled(fmt) for fmt in menu.formats}
 
-    def _modelled(self, bits: int) -> str:
-        kernel = self.kernel_stack.kernel(bits)
+    def _modelled(self, fmt: Format) -> str:
+        if fmt.is_pruned:
+            return NOTHING_RUNS
+        kernel = self.kernel_stack.kernel(fmt.bits)
         parts = kernel.passes
         width = f"{kernel.bits // parts} bits"
         return f"{self.stack}, modelled at " + (f"{parts} x {width}" if parts > 1 else width)
@@ -482,4 +489,4 @@ def _sums(
         return np.asarray(total, dtype=np.float64).reshape(shape)
 
     present = np.bincount(index, minlength=count * width).reshape(shape)
-    return present, added(tables.active), added(tables.rows)
+    return present, added(tables.active) * tables.runs, added(tables.rows) * tables.runs

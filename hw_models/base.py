@@ -16,6 +16,9 @@ Floats = NDArray[np.float64]
 Phase = Literal["decode", "prefill"]
 
 BITS_PER_BYTE: Final = 8
+NOTHING_RUNS: Final = "nothing runs"
+"""In place of a kernel, for pruned experts."""
+
 _MOST: Final = 10**9
 
 

@@ -191,7 +191,7 @@ class CorrectedModel:
         chosen = rows[np.arange(len(one)), one]
         parts: dict[str, float] = {}
         for i, fmt in enumerate(menu.formats):
-            if (one == i).any():
+            if (one == i).any() and not fmt.is_pruned:
                 kernel = self.kernel_of(fmt)
                 parts[kernel] = parts.get(kernel, 0.0) + float(chosen[one == i].sum())
         return parts

@@ -75,7 +75,7 @@ class FormatUse:
         experts: Experts in it; halves where projections differ.
         active: Of these, expected in a step.
         launches: Launches in a step: one per layer and projection where it occurs.
-        kernel_bits: Width of the kernel that runs it.
+        kernel_bits: Width of the kernel that runs it; 0 where experts are pruned.
         kernel: That kernel in words.
     """
 

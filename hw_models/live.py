@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError
 from dmpq.formats import Format, Menu
 from dmpq.hw_models import machine
-from dmpq.hw_models.base import Cost, Floats, Workload
+from dmpq.hw_models.base import NOTHING_RUNS, Cost, Floats, Workload
 from dmpq.hw_models.bench import Bench, Progress, cuda_bench, host_bench, silent
 from dmpq.hw_models.kernels import choose
 from dmpq.hw_models.measured import MeasuredModel, either, kernel_note, kernel_words
@@ -116,7 +116,7 @@ class LiveModel:
         """Return one note for each format without a kernel of its own."""
         notes = (
             kernel_note(fmt, bits, group, kernel, self.name)
-            for fmt in menu.formats
+            for fmt in (menu.formats[index] for index in menu.stored)
             for kernel, bits, group in self._timed_as(fmt)
         )
         return tuple(dict.fromkeys(text for text in notes if text is not None))
@@ -124,7 +124,12 @@ class LiveModel:
     def kernels(self, menu: Menu) -> dict[str, str]:
         """Return the kernel of each format; several where the shapes measured differ in it."""
         named = {
-            fmt.key: [kernel_words(*one) for one in self._timed_as(fmt)] for fmt in menu.formats
+            fmt.key: (
+                [NOTHING_RUNS]
+                if fmt.is_pruned
+                else [kernel_words(*one) for one in self._timed_as(fmt)]
+            )
+            for fmt in menu.formats
         }
         return {key: either(words) for key, words in named.items()}
 

@@ -21,7 +21,7 @@ def checked_maps(
     """Return bit maps that fit a model and a menu, (K, N) or (K, 2N), C-contiguous.
 
     Raises:
-        InputError: If their shape, type or range is wrong.
+        InputError: If their shape, type or range is wrong, or one prunes half an expert.
     """
     maps = np.asarray(assignments)
     experts = spec.num_experts
@@ -37,6 +37,8 @@ def checked_maps(
             f"The assignments reach from {maps.min()} to {maps.max()}, but the menu has "
             f"{len(menu)} formats; give indices from 0 to {len(menu) - 1}."
         )
+    if maps.shape[1] != experts:
+        menu.check_whole(maps.reshape(len(maps), experts, 2))
     return np.ascontiguousarray(maps, dtype=np.int64)
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dmpq.errors import InputError
 from dmpq.formats import FULL_WIDTH, Format, Menu
-from dmpq.hw_models.base import Cost, Floats, Workload
+from dmpq.hw_models.base import NOTHING_RUNS, Cost, Floats, Workload
 from dmpq.hw_models.bounds import StepBound, additive
 from dmpq.hw_models.maps import checked_maps, summed
 from dmpq.hw_models.measurements import ExpertTiming, Measurements, Points
@@ -142,7 +142,8 @@ class MeasuredModel:
         bits = spec.stored_bits(menu)
         for ordinal, layer in enumerate(spec.moe_layers):
             experts = np.flatnonzero(spec.layer_of_expert == ordinal)
-            for b, fmt in enumerate(menu.formats):
+            for b in menu.stored:
+                fmt = menu.formats[b]
                 timing = self.record.expert(_shape(layer), fmt)
                 if timing.bits == fmt.bits and timing.group_size in (0, fmt.group_size):
                     own = bits[experts[0], :, b]
@@ -156,7 +157,8 @@ class MeasuredModel:
 
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
         """Return one note for each format that the record has no kernel of its own for."""
-        timings = ((fmt, timing) for fmt in menu.formats for timing in self._timings(fmt))
+        stored = [menu.formats[index] for index in menu.stored]
+        timings = ((fmt, timing) for fmt in stored for timing in self._timings(fmt))
         notes = (
             kernel_note(fmt, timing.bits, timing.group_size, timing.kernel, self.name)
             for fmt, timing in timings
@@ -166,7 +168,11 @@ class MeasuredModel:
     def kernels(self, menu: Menu) -> dict[str, str]:
         """Return the recorded kernel of each format; several where shapes differ in it."""
         named = {
-            fmt.key: [kernel_words(t.kernel, t.bits, t.group_size) for t in self._timings(fmt)]
+            fmt.key: (
+                [NOTHING_RUNS]
+                if fmt.is_pruned
+                else [kernel_words(t.kernel, t.bits, t.group_size) for t in self._timings(fmt)]
+            )
             for fmt in menu.formats
         }
         return {key: either(words) for key, words in named.items()}
@@ -264,8 +270,8 @@ def _build(
     for ordinal, layer in enumerate(spec.moe_layers):
         experts = np.flatnonzero(spec.layer_of_expert == ordinal)
         moved = seconds_at(_gather(record, layer), rows[experts])
-        for b, fmt in enumerate(menu.formats):
-            timing = record.expert(_shape(layer), fmt)
+        for b in menu.stored:
+            timing = record.expert(_shape(layer), menu.formats[b])
             parts = _parts(timing, rows[experts])
             power = record.power_w(timing.bits, timing.group_size)
             for p in (0, 1):

@@ -32,7 +32,7 @@ class Needs:
     """Shapes, and the largest number of tokens at which each must have been timed.
 
     Attributes:
-        formats: Formats on the menu, and 16 bits.
+        formats: Formats on the menu that store weights, and 16 bits.
         experts: (hidden, intermediate, gated) → tokens.
         matrices: (out, in) → tokens.
     """
@@ -62,7 +62,7 @@ def needs(spec: ModelSpec, menu: Menu, workload: Workload, selected: Floats) -> 
     matrices[attention] = max(matrices[attention], score_rows(spec, workload))
     head = head_shape(spec)
     matrices[head] = max(_whole(workload.batch), matrices.get(head, 1))
-    formats = dict.fromkeys([*menu.formats, Format(16)])
+    formats = dict.fromkeys([*(menu.formats[index] for index in menu.stored), Format(16)])
     return Needs(tuple(formats), experts, matrices)
 
 

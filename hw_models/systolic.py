@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from dmpq.formats import Format, Menu
 from dmpq.hw_models.accelerator import Accelerator
-from dmpq.hw_models.base import BITS_PER_BYTE, Cost, Floats, Workload
+from dmpq.hw_models.base import BITS_PER_BYTE, NOTHING_RUNS, Cost, Floats, Workload
 from dmpq.hw_models.bounds import StepBound, additive
 from dmpq.hw_models.maps import checked_maps, summed
 from dmpq.hw_models.resident import (
@@ -159,7 +159,7 @@ class SystolicModel:
     def unsupported(self, menu: Menu) -> tuple[str, ...]:
         """Return one note for each format that is not stored, or not multiplied, as it is."""
         notes = []
-        for fmt in menu.formats:
+        for fmt in (menu.formats[index] for index in menu.stored):
             bits, passes = self.facts.stored_as(fmt).bits, self.facts.passes(fmt.bits)
             if bits != fmt.bits:
                 notes.append(
@@ -179,6 +179,8 @@ class SystolicModel:
         return {fmt.key: self._simulated(fmt) for fmt in menu.formats}
 
     def _simulated(self, fmt: Format) -> str:
+        if fmt.is_pruned:
+            return NOTHING_RUNS
         bits, passes = self.facts.stored_as(fmt).bits, self.facts.passes(fmt.bits)
         if passes == 1:
             return f"SCALE-Sim, simulated at {bits} bits"
@@ -229,7 +231,8 @@ def _build_tables(
     for ordinal, layer in enumerate(spec.moe_layers):
         experts = np.flatnonzero(spec.layer_of_expert == ordinal)
         for p, (outputs, inputs) in enumerate((layer.gate_up_shape, layer.down_shape)):
-            for b, fmt in enumerate(formats):
+            for b in menu.stored:
+                fmt = formats[b]
                 one = Menu((fmt,), menu.quantizer, menu.symmetric)
                 size = int(one.stored_bits((outputs, inputs))[0]) / BITS_PER_BYTE
                 stored[experts, p, b] = size

@@ -32,6 +32,7 @@ class Tables:
         base: int (N,), position of each expert's layer in a flat (L, B) array.
         active: (N,), probability that a step wakes the expert.
         rows: (N,), expected rows computed, tiles filled up.
+        runs: (B,), 1.0, or 0.0 for a pruned expert, which costs nothing.
         stored_bytes: (L, 2, B), memory of one expert.
         traffic_bytes: (L, 2, B), bytes read when it is active.
         memory_s: (L, 2, B), time to read them.
@@ -53,6 +54,7 @@ class Tables:
     base: NDArray[np.int64]
     active: Floats
     rows: Floats
+    runs: Floats
     stored_bytes: Floats
     traffic_bytes: Floats
     memory_s: Floats
@@ -108,18 +110,20 @@ def build_tables(
     read_as = [widened(f, k.bits) for f, k in zip(menu.formats, kernels, strict=True)]
     traffic = _per_layer(spec, read_as, menu)
     flops = weights * FLOPS_PER_WEIGHT
+    runs = np.where(menu.pruned, 0.0, 1.0)
     resident = Resident(device, stack, spec, workload)
     return Tables(
         base=spec.layer_of_expert * len(menu),
         active=active_probability(selected, workload.tokens, balanced=balanced),
         rows=padded_rows(selected, workload.tokens, stack.tile_rows, balanced=balanced),
+        runs=runs,
         stored_bytes=_per_layer(spec, stored_formats(stack, menu), menu),
         traffic_bytes=traffic,
         memory_s=traffic / bandwidth,
-        unpack_s=weights[:, :, None] / np.array(ceilings),
+        unpack_s=weights[:, :, None] / np.array(ceilings) * runs,
         flops_per_row=flops,
-        row_s=flops[:, :, None] / np.array(speed),
-        launch_s=np.array([k.launch_s * k.passes for k in kernels]) / 2,
+        row_s=flops[:, :, None] / np.array(speed) * runs,
+        launch_s=np.array([k.launch_s * k.passes for k in kernels]) / 2 * runs,
         activations_s=resident.activations_s(),
         attention_s=resident.attention_s(),
         head_s=resident.head_s(),
@@ -140,8 +144,11 @@ def stored_formats(stack: Stack, menu: Menu) -> list[Format]:
 
 
 def widened(fmt: Format, bits: int) -> Format:
-    """Return a format whose codes take ``bits`` each, its groups as they are."""
-    if bits == fmt.bits:
+    """Return a format whose codes take ``bits`` each, its groups as they are.
+
+    A pruned expert stays one.
+    """
+    if bits == fmt.bits or fmt.is_pruned:
         return fmt
     wide = Format(bits)
     return wide if wide.is_full else Format(bits, fmt.group_size)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from dmpq.errors import InputError
 from dmpq.formats import FULL_WIDTH, Format, Menu
-from dmpq.hw_models.base import Floats, Workload
+from dmpq.hw_models.base import NOTHING_RUNS, Floats, Workload
 from dmpq.hw_models.bench import Bench
 from dmpq.hw_models.kernels import Kernel, Stored, keep_tuning
 from dmpq.hw_models.maps import checked_maps
@@ -135,6 +135,8 @@ class WholeMaps:
 
     def kernel_of(self, fmt: Format) -> str:
         """Return the name of the kernel that runs a format."""
+        if fmt.is_pruned:
+            return NOTHING_RUNS
         kernel, group = self.bench.kernel(fmt, self._shape(0))
         return f"{kernel.name}, groups of {group}" if group else kernel.name
 
@@ -156,6 +158,7 @@ class WholeMaps:
                 expert: self._stored(layer, formats[expert])
                 for layer in layers
                 for expert in self._awake(layer)
+                if not self.menu.pruned[formats[expert]].any()
             }
             works = [
                 self._work(layer, self._routes[layer][step], stored)
@@ -222,7 +225,7 @@ class WholeMaps:
         """Return the memory of a layer's experts in the widest format there is."""
         widest = max(
             sum(stored_bytes(self._template(layer, fmt, projection)[1:]) for projection in (0, 1))
-            for fmt in self.menu.formats
+            for fmt in (self.menu.formats[index] for index in self.menu.stored)
         )
         return float(widest * len(self._awake(layer)))
 
@@ -264,6 +267,7 @@ class WholeMaps:
                 torch.full((len(rows), 1), 1 / len(routes)).bfloat16().to(device),
             )
             for expert, rows in routes
+            if expert in stored  # the others are pruned
         ]
 
         def work() -> None:

@@ -59,7 +59,7 @@ FLOORS = [
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},
-    {"quantization", "moe", "data", "replay"},
+    {"quantization", "moe", "data", "replay", "pruning"},
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
     {"knapsack", "launches", "local_search", "objective"},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.formats import Menu
+from dmpq.formats import PRUNED_WIDTH, Format, Menu
 from dmpq.hw_models.base import Cost, HardwareModel, Workload
 from dmpq.spec import ModelSpec, load_geometry
 
@@ -42,8 +43,13 @@ class HardwareModelContract:
         yield Workload("prefill", batch=1, context=512)
 
     def _maps(self, columns: int) -> NDArray[np.int64]:
-        rng = np.random.default_rng(0)
-        return rng.integers(0, len(self.make_menu()), (_MAPS, columns))
+        rng, menu = np.random.default_rng(0), self.make_menu()
+        maps = rng.integers(0, len(menu), (_MAPS, columns))
+        if columns != self.make_spec().num_experts:
+            pairs = maps.reshape(_MAPS, -1, 2)
+            half = menu.pruned[pairs].any(axis=2)  # an expert is pruned whole
+            pairs[half] = menu.pruned.argmax()
+        return maps
 
     def test_it_says_what_it_is(self) -> None:
         """Results are labelled with these."""
@@ -99,6 +105,27 @@ class HardwareModelContract:
         expected = stored[np.arange(spec.num_experts), maps].sum(axis=1) / 8
         memory = model.cost(spec, menu, maps, Workload()).memory_bytes
         np.testing.assert_allclose(memory - memory[0], expected - expected[0], atol=1)
+
+    def test_a_pruned_expert_costs_nothing(self) -> None:
+        """No byte, no time; what is left costs what it does where nothing can be pruned."""
+        model, spec, menu = self.make_model(), self.make_spec(), self.make_menu()
+        more = replace(menu, formats=(Format(PRUNED_WIDTH), *menu.formats[-2:]))
+        less = replace(menu, formats=menu.formats[-2:])
+        assert not model.stored_bits(spec, more)[:, :, 0].any()
+        maps = np.arange(spec.num_experts)[None] % 2
+        pruned = np.where(np.arange(spec.num_experts) % 3, maps + 1, 0)
+        for workload in self.workloads():
+            assert not model.expert_latency(spec, more, workload)[:, :, 0].any()
+            whole, same = (
+                model.cost(spec, *which, workload) for which in ((less, maps), (more, maps + 1))
+            )
+            if model.deterministic:
+                _assert_equal(same, whole, 0)
+            part = model.cost(spec, more, pruned, workload)
+            nothing = model.cost(spec, more, np.zeros_like(maps), workload)
+            assert 0 < nothing.memory_bytes[0] < part.memory_bytes[0] < whole.memory_bytes[0]
+            assert 0 < nothing.latency_s[0] < whole.latency_s[0]
+            assert 0 < nothing.energy_j[0] < whole.energy_j[0]
 
     def test_linearised_latency_has_the_right_shape(self) -> None:
         """Searches project latency limits with it."""

@@ -28,6 +28,7 @@ from dmpq.evaluation import SurrogateEvaluator
 from dmpq.guard import make_agent
 from dmpq.hw_models import Workload, load_hardware
 from dmpq.model_evaluator import ModelEvaluator
+from dmpq.moe import MoEModel
 from dmpq.objective import Constraints
 from dmpq.problem import Problem
 from dmpq.profile import Profile
@@ -66,8 +67,8 @@ class Settings:
     budgets: tuple[float, ...] = (2.25, 2.5, 3.0, 3.5)
     random_maps: int = 4
     profile_tokens: int = 4096
-    heldout_tokens: int = 32768
-    hessian_tokens: int = 2048
+    heldout_tokens: int = 16384
+    hessian_tokens: int = 1024
     hessian_probes: int = 8
     devices: tuple[str, ...] = ("h100/gemlite", "a100/gemlite", "rtx4090/gemlite", "a100/sglang")
     batches: tuple[int, ...] = (1, 16)
@@ -96,6 +97,7 @@ class Subject:
                 bits="2,3,4,8,16" if self.group == 128 else "2g64,3g64,4g64,8g64,16",
                 signal="sensitivity" if settings.measured else "gradient",
                 weights="acc=1",
+                avg_bits=16.0,  # until a budget is set: narrow matrices have many scales
                 cost_geometry="olmoe-1b-7b",
                 profile_tokens=settings.profile_tokens // share,
                 search_tokens=settings.hessian_tokens,
@@ -117,13 +119,17 @@ class Subject:
     def problem(self, session: Session, profile: Profile, budget: float) -> Problem:
         """Return the problem of an average of nominal widths; its own evaluator is free."""
         problem = session.problem(profile, evaluator=SurrogateEvaluator(profile))
-        narrow = problem.effective_bits(problem.uniform(problem.menu.keys[0])[None])[0]
-        limit = float(narrow) + budget - float(problem.menu.bits[0])
-        return replace(problem, constraints=Constraints(avg_bits=limit))
+        return replace(problem, constraints=Constraints(avg_bits=budget + scale_bits(problem)))
 
 
-def measure(settings: Settings, say: Callable[[str], None]) -> Figures:
-    """Return all figures.
+def scale_bits(problem: Problem) -> float:
+    """Return what scales and zero-points take per weight, the same for all widths but 16."""
+    narrow = problem.effective_bits(problem.uniform(problem.menu.keys[0])[None])[0]
+    return float(narrow) - float(problem.menu.bits[0])
+
+
+def measure(settings: Settings, say: Callable[[str], None]) -> Iterator[Figures]:
+    """Give all figures of the models so far, after each model.
 
     Args:
         settings: How much is measured.
@@ -136,7 +142,7 @@ def measure(settings: Settings, say: Callable[[str], None]) -> Figures:
             for table, row in part(subject):
                 figures.setdefault(table, []).append({"model": name, **row})
             say(f"{name}: {part.__name__}")
-    return figures
+        yield figures
 
 
 Found = Iterator[tuple[str, dict[str, Any]]]
@@ -257,7 +263,7 @@ def _judged(subject: Subject, problem: Problem, assignment: np.ndarray) -> dict[
         "kl": float(found.kl[0]),
         "perplexity": float(found.perplexity[0]),
         "router_shift": float(found.router_shift[0]),
-        "mean_bits": float(bits.mean()),
+        "mean_bits": float(problem.effective_bits(assignment[None])[0]) - scale_bits(problem),
         "traffic_bits": float((frequency * bits).sum() / frequency.sum()),
     }
 
@@ -456,9 +462,7 @@ def routing(subject: Subject) -> Found:
 def upcycled(subject: Subject) -> Found:
     """One expert copied over its layer, the routers as trained: who can still tell them apart."""
     tied = Subject(subject.name, subject.settings)
-    for container in tied.session.moe.containers:
-        for parameter in container.parameters:
-            parameter.data.copy_(parameter.data[:1].expand_as(parameter.data).clone())
+    tie_experts(tied.session.moe)
     for draw in subject.settings.draws:
         session = tied.drawn(draw, signal="gradient")
         profile = session.profile()
@@ -473,6 +477,13 @@ def upcycled(subject: Subject) -> Found:
             found = problem.expand(_map_of(make_agent(rule), problem, draw)[None])
             kl = float(tied.heldout.evaluate(found).kl[0])
             yield "upcycled", {"draw": draw, "rule": rule, "kl": kl}
+
+
+def tie_experts(moe: MoEModel) -> None:
+    """Copy each layer's first expert over all others of it: what upcycling starts from."""
+    for container in moe.containers:
+        for parameter in container.parameters:
+            parameter.data.copy_(parameter.data[:1].expand_as(parameter.data).clone())
 
 
 def described(settings: Settings) -> dict[str, Any]:

@@ -58,17 +58,24 @@ def main(argv: list[str] | None = None) -> int:
     settings, started = Settings(), time.monotonic()
 
     def say(what: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {what}", flush=True)
+        clock = time.monotonic() - started
+        print(f"{clock:6.0f} s, {time.process_time():5.0f} of the CPU  {what}", flush=True)
 
-    figures = measure(settings, say)
+    figures: Figures = {}
+    for figures in measure(settings, say):
+        if not arguments.check:
+            _write(described(settings), figures)
     if arguments.check:
         return _check(described(settings), figures)
-    content = {"settings": described(settings), "figures": figures}
-    RESULTS.parent.mkdir(exist_ok=True)
-    replace_atomically(RESULTS, (json.dumps(content, indent=1) + "\n").encode())
-    replace_atomically(PAGE, page(content["settings"], figures).encode())
     print(f"wrote {RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
     return 0
+
+
+def _write(settings: dict[str, Any], figures: Figures) -> None:
+    content = {"settings": settings, "figures": figures}
+    RESULTS.parent.mkdir(exist_ok=True)
+    replace_atomically(RESULTS, (json.dumps(content, indent=1) + "\n").encode())
+    replace_atomically(PAGE, page(settings, figures).encode())
 
 
 def _check(settings: dict[str, Any], figures: Figures) -> int:

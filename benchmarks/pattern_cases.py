@@ -57,12 +57,15 @@ class Case:
         holds: Whether the predicate is true.
         text: The numbers that decided.
         void: Whether both rules gave the same maps, so that nothing was compared.
+        change: By what share the one that should be less differs from the other; ``None`` where
+            other things are compared.
     """
 
     where: str
     holds: bool
     text: str
     void: bool = False
+    change: float | None = None
 
 
 def chosen(rows: Rows, **match: Any) -> Rows:
@@ -103,7 +106,7 @@ def _less(rows: Rows, low: str, high: str, where: str, *, field: str = "kl", **p
     a, b = (mean(rows, field, rule=rule, **place) for rule in (low, high))
     each = [[row[field] for row in chosen(rows, rule=rule, **place)] for rule in (low, high)]
     text = f"{low} {a:.6g}, {high} {b:.6g} ({a / b - 1:+.2%})"
-    return Case(where, a < b, text, void=each[0] == each[1])
+    return Case(where, a < b, text, void=each[0] == each[1], change=a / b - 1)
 
 
 def uniform_losses(figures: Figures) -> Iterator[Case]:

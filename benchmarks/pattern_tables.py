@@ -77,9 +77,17 @@ def _verdicts(figures: Figures) -> Iterator[str]:
         if tested:
             case, void = _example(tested), len(tested) - cases
             same = f" ({void} more void)" if void else ""
-            measured = f"{right} of {cases} cases{same}; {case.where}: {case.text}"
+            measured = (
+                f"{right} of {cases} cases{same}{_changes(tested)}; {case.where}: {case.text}"
+            )
         words = (claim.key, claim.text, claim.source, claim.predicate, measured, f"**{verdict}**")
         yield _row(words)
+
+
+def _changes(cases: list[Case]) -> str:
+    """Return the range of the relative differences: a sign alone may say too much."""
+    found = [case.change for case in cases if case.change is not None and not case.void]
+    return f", by {min(found):+.2%} to {max(found):+.2%}" if found else ""
 
 
 def _example(cases: list[Case]) -> Case:

@@ -62,7 +62,7 @@ class Settings:
         measured: Whether the knapsack's sensitivities are measured, not estimated by gradients.
     """
 
-    models: tuple[str, ...] = ("reference", "mixtral", "deepseek_v2", "qwen2_moe")
+    models: tuple[str, ...] = ("reference", "mixtral", "deepseek_v2")
     draws: tuple[int, ...] = (0, 1, 2)
     budgets: tuple[float, ...] = (2.25, 2.5, 3.0, 3.5)
     random_maps: int = 4

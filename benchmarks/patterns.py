@@ -1,4 +1,4 @@
-"""Measure the qualitative patterns of the literature on four small trained MoE models.
+"""Measure the qualitative patterns of the literature on three small trained MoE models.
 
     python benchmarks/patterns.py            # measures, writes the figures and the page
     python benchmarks/patterns.py --check    # measures, and says what would change

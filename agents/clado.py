@@ -33,6 +33,8 @@ _CHUNK: Final = 8
 """Maps that are measured in one call."""
 _DESCENTS: Final = 8
 """Times that the quadratic form is made linear anew on the way to its minimum."""
+_STARTS: Final = 16
+"""Best maps from which a minimum is looked for, until there is one."""
 _EXCHANGES: Final = 64
 """Exchanges of two measured steps that are tried at a map."""
 _USES: Final = 4
@@ -140,8 +142,10 @@ class CladoAgent:
         seen = {one.assignment.tobytes() for one in measured}
         found: list[Ints] = []
         for _ in range(min(self.batch, most)):
-            start = found[-1] if found else measured[0].assignment
-            lowest = minimum(problem, fit, start, seen)
+            # Around the best map all may have been seen, and around others not.
+            starts = [*found[-1:], *(one.assignment for one in measured[:_STARTS])]
+            tried = (minimum(problem, fit, start, seen) for start in starts)
+            lowest = next((one for one in tried if one is not None), None)
             if lowest is None:
                 break
             seen.add(lowest.tobytes())

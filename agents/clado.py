@@ -33,6 +33,10 @@ _CHUNK: Final = 8
 """Maps that are measured in one call."""
 _DESCENTS: Final = 8
 """Times that the quadratic form is made linear anew on the way to its minimum."""
+_STARTS: Final = 16
+"""Best maps from which a minimum is looked for, until there is one."""
+_EXCHANGES: Final = 64
+"""Exchanges of two measured steps that are tried at a map."""
 _USES: Final = 4
 """Pairs that a step is measured in, at most."""
 _IN_DOUBT: Final = 64
@@ -138,8 +142,10 @@ class CladoAgent:
         seen = {one.assignment.tobytes() for one in measured}
         found: list[Ints] = []
         for _ in range(min(self.batch, most)):
-            start = found[-1] if found else measured[0].assignment
-            lowest = minimum(problem, fit, start, seen)
+            # Around the best map all may have been seen, and around others not.
+            starts = [*found[-1:], *(one.assignment for one in measured[:_STARTS])]
+            tried = (minimum(problem, fit, start, seen) for start in starts)
+            lowest = next((one for one in tried if one is not None), None)
             if lowest is None:
                 break
             seen.add(lowest.tobytes())
@@ -172,10 +178,11 @@ def minimum(problem: Problem, fit: LossFit, start: Ints, seen: set[bytes]) -> In
     choice, at = start, float(score(start[None])[0])
     for _ in range(_DESCENTS):
         values = objective(problem, fit.marginal(choice))
-        tried = np.stack(
+        tried = np.concatenate(
             [
-                problem.project(values),
-                descended(choice, values, problem.projection.groups, score),
+                problem.project(values)[None],
+                descended(choice, values, problem.projection.groups, score)[None],
+                _exchanges(problem, fit, choice, values),
             ]
         )
         scores = score(tried)
@@ -183,6 +190,51 @@ def minimum(problem: Problem, fit: LossFit, start: Ints, seen: set[bytes]) -> In
             break
         choice, at = tried[scores.argmin()], float(scores.min())
     return choice if np.isfinite(at) else None
+
+
+def _exchanges(problem: Problem, fit: LossFit, choice: Ints, values: Floats) -> Ints:
+    """Return maps that two measured steps make of a map, those of the lowest form first, (n, D).
+
+    Values that add up do not see what two steps save together.
+
+    Args:
+        problem: Says what the limits that add up are.
+        fit: The form.
+        choice: (D,), the map.
+        values: (D, B), the objective made linear there.
+    """
+    rows, formats = np.arange(len(choice)), values.shape[1]
+    decisions, to = np.divmod(fit.cells, formats)
+    if not len(fit.cells):
+        return np.empty((0, len(choice)), np.int64)
+    gain = (values - values[rows, choice][:, None]).ravel()[fit.cells]
+    here = np.array([choice[d] == f for d, f in zip(decisions, to, strict=True)])
+    # A decision that has left the centre no longer meets others where it was.
+    left = np.zeros_like(fit.pairs)
+    now = {int(decisions[i]): i for i in np.flatnonzero(here)}
+    for i, decision in enumerate(decisions.tolist()):
+        if decision in now:
+            left[i] = fit.pairs[now[decision]]
+    both = fit.pairs - left - left.T
+    at = [now.get(decision, -1) for decision in decisions.tolist()]
+    moved = np.array(at)
+    inside = np.where((moved >= 0)[:, None] & (moved >= 0), fit.pairs[moved][:, moved], 0.0)
+    weight = problem.weights.acc / problem.baselines.damage
+    change = gain[:, None] + gain + weight * (both + inside)
+    change[decisions[:, None] == decisions] = np.inf
+    change[here] = np.inf
+    change[:, here] = np.inf
+    exact, limits = problem.linear_limits
+    for taken, limit in zip(exact, limits, strict=True):
+        more = (taken - taken[rows, choice][:, None]).ravel()[fit.cells]
+        change[more[:, None] + more > limit - taken[rows, choice].sum()] = np.inf
+    one, other = np.triu_indices(len(fit.cells), 1)
+    order = np.argsort(change[one, other], kind="stable")[:_EXCHANGES]
+    order = order[change[one[order], other[order]] < 0]
+    maps = np.repeat(choice[None], len(order), axis=0)
+    for cells in (one[order], other[order]):
+        maps[np.arange(len(order)), decisions[cells]] = to[cells]
+    return maps
 
 
 def _fitted(problem: Problem, centre: Ints, recorder: Recorder) -> LossFit:

@@ -190,15 +190,18 @@ def _posterior(
 
 
 def _stable(pairs: Floats, reach: Floats) -> Floats:
-    """Return the pairs of the nearest positive semidefinite matrix, in units of their reach.
+    """Return the pairs of a positive semidefinite matrix near theirs, in units of their reach.
 
-    The diagonal, what an error adds to itself, is 1 in these units; negative eigenvalues are cut.
+    The diagonal, what an error adds to itself, is 1 in these units. Negative eigenvalues are cut,
+    which alone gives the nearest such matrix; what that adds to the diagonal is scaled away.
     """
     scale = np.multiply.outer(reach, reach)
     ones = np.divide(pairs, scale, out=np.zeros_like(pairs), where=scale > 0) + np.eye(len(pairs))
     eigenvalues, vectors = np.linalg.eigh(ones)
     if eigenvalues[0] >= 0:
         return pairs
-    projected = (vectors * eigenvalues.clip(0)) @ vectors.T * scale
+    projected = (vectors * eigenvalues.clip(0)) @ vectors.T
+    own = np.sqrt(projected.diagonal())
+    projected *= scale / np.multiply.outer(own, own)
     stable: Floats = np.where(pairs != 0, (projected + projected.T) / 2, 0.0)
     return stable

@@ -386,21 +386,23 @@ class Problem:
 
     def propose(self, log_importance: Floats) -> Ints:
         """Return the map that log-importances (D,) stand for, within every limit, (D,)."""
-        return self.project(self.linear_values(log_importance))
+        return self.project(self.linear_values(log_importance), weighed=True)
 
     def mckp(self) -> Ints:
         """Return the exact optimum of the linearised objective, (D,)."""
         return self.propose(np.zeros(self.num_decisions))
 
-    def project(self, values: Floats) -> Ints:
+    def project(self, values: Floats, *, weighed: bool = False) -> Ints:
         """Return the map of least value within every limit, (D,).
 
         Exact for limits on bits and memory; for others see :mod:`dmpq.projection`.
 
         Args:
-            values: (D, B), what each format costs in the objective; smaller is better.
+            values: (D, B), what each format costs; smaller is better.
+            weighed: Whether they are in the reward's unit, as :meth:`linear_values` gives them,
+                so that what launches cost in it counts beside them.
         """
-        return self.projection.project(values)
+        return self.projection.project(values, weighed=weighed)
 
     @cached_property
     def projection(self) -> Projection:

@@ -101,40 +101,42 @@ class Projection:
     relaxation: Relaxation | None = None
     pruning: tuple[int, int] | None = None
 
-    def project(self, values: Floats) -> Ints:
+    def project(self, values: Floats, *, weighed: bool = False) -> Ints:
         """Return the map of least value within every limit, (D,).
 
         Exact for limits on bits and memory; for others see the class.
 
         Args:
-            values: (D, B), what each format costs in the objective; smaller is better.
+            values: (D, B), what each format costs; smaller is better.
+            weighed: Whether they are in the objective's unit, so that what launches cost in it
+                counts beside them.
         """
         values = self._sparing_unhit(values)
         choice = self.solve(values)
+        weighed = weighed and self.launch_values is not None
         if self.priced and not self.feasible(choice[None])[0]:
-            choice = self._improved(values)
-        elif self.launch_values is not None:
-            choice = self._with_fewer_launches(values, choice)
+            choice = self._improved(values, self._menus(weighed=weighed))
+        elif weighed:
+            choice = self._with_fewer_launches(values, self._menus(weighed=True), choice)
         return self._widen_unhit(values, choice)
 
-    def _with_fewer_launches(self, values: Floats, choice: Ints) -> Ints:
+    def _with_fewer_launches(self, values: Floats, menus: GroupMenus, choice: Ints) -> Ints:
         """Return a feasible map (D,), or a better one where launches are weighed.
 
         Uniform maps and those of groups' columns save launches, which values do not see; the best
         of these is then improved by single changes.
         """
         uniform = np.repeat(np.arange(values.shape[1])[:, None], len(values), axis=1)
-        maps = np.array([choice, *uniform, *self._of_groups(values)])
-        score = self._score(values)
+        maps = np.array([choice, *uniform, *self._of_groups(values, menus)])
+        score = self._score(values, menus)
         best = maps[int(score(maps).argmin())]
         if np.array_equal(best, choice):
             return choice
         return descended(best, values, self.groups, score)
 
-    def _score(self, values: Floats) -> Callable[[Ints], Floats]:
-        """Return what takes maps (K, D) to the objective, launches included; infinite beyond."""
+    def _score(self, values: Floats, menus: GroupMenus) -> Callable[[Ints], Floats]:
+        """Return what takes maps (K, D) to their value, launches included; infinite beyond."""
         rows, formats = np.arange(len(values)), np.arange(values.shape[1])
-        menus = self._group_menus
 
         def score(maps: Ints) -> Floats:
             total = values[rows, maps].sum(1)
@@ -212,7 +214,7 @@ class Projection:
         tried.append(best)
         return price
 
-    def _improved(self, values: Floats) -> Ints:
+    def _improved(self, values: Floats, menus: GroupMenus) -> Ints:
         """Return the best map found within the limits that do not add up."""
         found = self._multipliers(values)
         together: list[Ints] = []
@@ -220,21 +222,21 @@ class Projection:
             shares = sum(self.priced.values(), np.zeros(values.shape))
             self._least_price([*range(len(self.priced))], values, shares, together)
         subsets = self._of_subsets(values, found)
-        by_group = self._of_groups(values)
+        by_group = self._of_groups(values, menus)
         maps = np.array([*self.cheapest, *found.tried, *together, *subsets, *by_group])
         maps = np.unique(maps, axis=0)
         maps = maps[self.feasible(maps)]
-        score = self._score(values)
+        score = self._score(values, menus)
         order = np.argsort(score(maps), kind="stable")[:_STARTS]
         starts = (improved(maps[k], values, self.groups, self._excess) for k in order)
         return min(starts, key=lambda choice: float(score(choice[None])[0]))
 
-    def _of_groups(self, values: Floats) -> Iterable[Ints]:
+    def _of_groups(self, values: Floats, menus: GroupMenus) -> Iterable[Ints]:
         """Yield the best maps by groups, with as much room as the full cost model leaves them."""
-        columns = self._group_menus.columns(values)
+        columns = menus.columns(values)
         room, fits, met = 1 - self._fixed_shares, None, set[bytes]()
         for _ in range(_ROOMS):
-            found = self._group_menus.best(columns, room)
+            found = menus.best(columns, room)
             if found is None or found.tobytes() in met:
                 return
             yield found
@@ -251,15 +253,19 @@ class Projection:
         """The limits as groups see them, launches included."""
         formats = self.sizes.shape[1]
         groups = np.unique(self.groups, return_inverse=True)[1]
-        worth = self.launch_values
         return GroupMenus(
             shares=self._shares,
             launches=launches_of(self.usage, self._shares, groups),
-            worth=np.zeros((groups.max() + 1, formats)) if worth is None else worth,
+            worth=np.zeros((groups.max() + 1, formats)),
             taken=self.exact / np.maximum(self.limits, 1)[:, None, None],
             groups=groups,
             sets=np.array([np.isin(np.arange(formats), one) for one in _subsets(formats)]),
         )
+
+    def _menus(self, *, weighed: bool) -> GroupMenus:
+        """Return the limits as groups see them, with what launches cost in the objective."""
+        worth = self.launch_values if weighed else None
+        return self._group_menus if worth is None else replace(self._group_menus, worth=worth)
 
     @cached_property
     def _shares(self) -> Floats:

@@ -1,5 +1,6 @@
 """Maps chosen group by group, launches included, against brute force."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dmpq.envs import make_problem
 from dmpq.launches import GroupMenus
+from dmpq.objective import Constraints, Weights
 
 FORMATS = 3
 GROUPS = np.repeat([0, 1], 3)
@@ -76,3 +79,20 @@ def test_it_sees_launches_that_prices_of_decisions_cannot():
     # Two launches are 0.4; 0.3 are left: a third launch and one decision, or all of one group.
     found = menus.best(menus.columns(values), np.array([0.7]))
     assert found.tolist() == [1, 1, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("weights", ["acc=1,lat=0.1", "acc=1,lat=1", "acc=1,lat=0.3,eng=0.3"])
+@pytest.mark.parametrize("avg_bits", [None, 3.5])
+def test_where_launches_are_weighed_no_uniform_map_is_better(weights, avg_bits):
+    plain = make_problem(hw="rtx4090")
+    problem = replace(
+        plain, weights=Weights.parse(weights), constraints=Constraints(avg_bits=avg_bits)
+    )
+    found = problem.evaluate(problem.mckp()[None])
+    uniform = np.stack([problem.uniform(key) for key in problem.menu.keys])
+    others = problem.evaluate(uniform[problem.feasible(uniform)])
+    assert found.feasible.all()
+    assert found.reward[0] >= others.reward.max() - 1e-6
+    if avg_bits is None:  # by values alone, which see no launches, one is
+        blind = problem.evaluate(problem.project(problem.linear_values())[None])
+        assert blind.reward[0] < others.reward.max()

@@ -127,18 +127,22 @@ def test_what_was_read_cannot_be_the_result():
     assert [one.text for one in result.history] == [0, None]
 
 
-@pytest.mark.parametrize(("pieces", "evaluations"), [(1.0, 120), (1.5, 180)])
-def test_ppo_spends_no_more_than_it_may(pieces, evaluations):
+@pytest.mark.parametrize(
+    ("pieces", "evaluations", "last_samples"), [(1.0, 120, 0), (1.0, 120, 6), (1.5, 180, 6)]
+)
+def test_ppo_spends_no_more_than_it_may(pieces, evaluations, last_samples):
     problem, _ = problem_with_texts(pieces=pieces)
     seen = []
-    search = PPOAgent().search
+    search = PPOAgent(last_samples=last_samples).search
     result = search(problem, evaluations=evaluations, seed=0, on_candidate=seen.append)
     assert tuple(seen) == result.history
     assert evaluations - 1 - 19 * pieces < seen[-1].spent <= evaluations
     assert len({one.text for one in seen} - {None}) >= 5
     own = [one.assignment.tolist() for one in seen if one.text is None]
     assert own[0] == problem.mckp().tolist()
-    assert result.evaluations == len(own) == 2
+    # The knapsack's map, the last mean's and those of the samples near it, some of them alike.
+    assert result.evaluations == len(own) <= 2 + last_samples
+    assert len(own) == 2 if not last_samples else len(own) > 2
     assert result.assignment.tolist() in own
 
 

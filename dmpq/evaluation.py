@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,3 +115,37 @@ class SurrogateEvaluator:
 
     def hold(self, assignment: Assignments) -> None:
         """Do nothing: answers are free."""
+
+
+class _OwnSurrogate(SurrogateEvaluator):
+    """What an owner is given when nobody names an evaluator: its own profile's surrogate."""
+
+
+class _Profiled(Protocol):
+    """What an :class:`EvaluatorField` belongs to."""
+
+    @property
+    def profile(self) -> Profile:
+        """The profile that is summed up where no evaluator is named."""
+
+
+class EvaluatorField:
+    """A dataclass field that gives an evaluator for the ``None`` it was set to.
+
+    A surrogate that stood in for ``None`` is set as ``None`` again, so that
+    ``dataclasses.replace(problem, profile=other)`` does not keep the old profile's.
+    """
+
+    @overload
+    def __get__(self, owner: None, kind: type[_Profiled]) -> None: ...
+
+    @overload
+    def __get__(self, owner: _Profiled, kind: type[_Profiled]) -> Evaluator: ...
+
+    def __get__(self, owner: _Profiled | None, kind: type[_Profiled]) -> Evaluator | None:
+        # Of the class itself, dataclass asks for the default.
+        return None if owner is None else owner.__dict__["evaluator"]
+
+    def __set__(self, owner: _Profiled, given: Evaluator | None) -> None:
+        own = given is None or isinstance(given, _OwnSurrogate)
+        owner.__dict__["evaluator"] = _OwnSurrogate(owner.profile) if own else given

@@ -26,10 +26,11 @@ _PRICES: Final = 64
 """Of one limit; of limits of both kinds, so many pairs of prices."""
 _PRICE_RANGE: Final = 30.0
 """Each price is tried between its first guess over this and times this, and 0."""
-_WORK: Final = 3e8
-"""Numbers looked at, above which fewer prices are tried."""
+_WORK: Final = 1e7
+"""Numbers looked at, of columns and of the beam, above which either is made smaller."""
 _LEAST_PRICES: Final = 3
 _BEAM: Final = 4096
+_LEAST_BEAM: Final = 64
 """Choices that are followed while columns are chosen."""
 
 
@@ -162,6 +163,7 @@ def _cheapest(columns: Sequence[Columns], limits: Floats) -> Ints | None:
     prices = _prices_of_relaxation(columns, limits)
     if prices is None:
         return None
+    beam = int(np.clip(_WORK / sum(len(one.worth) for one in columns), _LEAST_BEAM, _BEAM))
     least = np.array([one.uses.min(1) for one in columns])
     after = np.cumsum(least[::-1], axis=0)[::-1] - least  # what later groups take at least
     worth, used, taken = np.zeros(1), np.zeros((1, len(limits))), np.zeros((1, 0), np.int64)
@@ -170,7 +172,7 @@ def _cheapest(columns: Sequence[Columns], limits: Floats) -> Ints | None:
         total = (used[:, None] + one.uses.T[None]).reshape(len(cost), len(limits))
         fits = np.flatnonzero((total + rest <= limits).all(1))
         rank = cost[fits] + total[fits] @ prices
-        kept = fits[np.argsort(rank, kind="stable")[:_BEAM]]
+        kept = fits[np.argsort(rank, kind="stable")[:beam]]
         state, column = np.divmod(kept, len(one.worth))
         worth, used = cost[kept], total[kept]
         taken = np.concatenate([taken[state], column[:, None]], axis=1)
@@ -183,16 +185,15 @@ def _cheapest(columns: Sequence[Columns], limits: Floats) -> Ints | None:
 def _prices_of_relaxation(columns: Sequence[Columns], limits: Floats) -> Floats | None:
     """Return the limits' prices, (M,), where columns may be mixed; ``None`` where none meet."""
     from scipy.optimize import linprog
+    from scipy.sparse import block_diag
 
     if not len(limits):
         return np.zeros(0)
-    sizes = np.array([len(one.worth) for one in columns])
-    one_each = np.eye(len(columns))[:, np.repeat(np.arange(len(columns)), sizes)]
     found = linprog(
         np.concatenate([one.worth for one in columns]),
         A_ub=np.concatenate([one.uses for one in columns], axis=1),
         b_ub=limits,
-        A_eq=one_each,
+        A_eq=block_diag([np.ones((1, len(one.worth))) for one in columns], format="csr"),
         b_eq=np.ones(len(columns)),
     )
     return None if found.x is None else -np.asarray(found.ineqlin.marginals, np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, overload
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dmpq import features
 from dmpq.decisions import Assignments, Decisions, Floats, Ints, Serve, check_whole
 from dmpq.errors import InputError
-from dmpq.evaluation import Evaluator, SurrogateEvaluator
+from dmpq.evaluation import Evaluator, EvaluatorField, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
 from dmpq.hw_models.bounds import Bounded
@@ -65,32 +65,6 @@ class Scores:
     tokens: float
 
 
-class _OwnSurrogate(SurrogateEvaluator):
-    """What a problem is given when nobody names an evaluator: its own profile's surrogate."""
-
-
-class _EvaluatorField:
-    """Gives an evaluator for the ``None`` it was set to.
-
-    A surrogate that stood in for ``None`` is set as ``None`` again, so that
-    ``dataclasses.replace(problem, profile=other)`` does not keep the old profile's.
-    """
-
-    @overload
-    def __get__(self, problem: None, owner: type[Problem]) -> None: ...
-
-    @overload
-    def __get__(self, problem: Problem, owner: type[Problem]) -> Evaluator: ...
-
-    def __get__(self, problem: Problem | None, owner: type[Problem]) -> Evaluator | None:
-        # Of the class itself, dataclass asks for the default.
-        return None if problem is None else problem.__dict__["evaluator"]
-
-    def __set__(self, problem: Problem, given: Evaluator | None) -> None:
-        own = given is None or isinstance(given, _OwnSurrogate)
-        problem.__dict__["evaluator"] = _OwnSurrogate(problem.profile) if own else given
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
     """A search problem: N experts, D decisions, B formats.
@@ -128,7 +102,7 @@ class Problem:
     weights: Weights = field(default_factory=Weights)
     constraints: Constraints = field(default_factory=lambda: Constraints(avg_bits=3.0))
     serve: Serve = "expert"
-    evaluator: _EvaluatorField = _EvaluatorField()
+    evaluator: EvaluatorField = EvaluatorField()  # noqa: RUF009  # a descriptor
     selector: Evaluator | None = None
     further: Sequence[Evaluator] = ()
     max_tokens: float | None = None

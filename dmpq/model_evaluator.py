@@ -114,9 +114,9 @@ class ModelEvaluator:
         device = bank.moe.model.device
         self.id_batches = torch.from_numpy(windows).to(device).split(self._rows)
         self._prefix_memory = prefix_memory
-        self._journal = journal
-        self._text = _text_key(bank, windows, label)
-        self._known = _read_journal(journal, self._text)
+        self.journal = journal
+        self.text_key = _text_key(bank, windows, label)
+        self._known = _read_journal(journal, self.text_key)
         self._asked: dict[str, tuple[float, float, float]] = {}
         self._spent = 0.0
         self._held: _Incumbent | None = None
@@ -299,8 +299,8 @@ class ModelEvaluator:
             answer = self._known[key]
         else:
             answer = self._measure(formats, batches, incumbent, first)
-            if self._journal is not None:
-                self._journal.append({"text": self._text, "map": key, "values": answer})
+            if self.journal is not None:
+                self.journal.append({"text": self.text_key, "map": key, "values": answer})
         # The share first: asking for it may run, and count, the full-precision model.
         cost = self._resume_share(first) * sum(ids.numel() for ids in self.id_batches[:batches])
         self._spent += cost

@@ -1,5 +1,8 @@
 """Curvature against derivatives computed the slow way."""
 
+import json
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch.nn import functional
 from dmpq import agents
 from dmpq.bank import Bank
 from dmpq.curvature import empirical_fisher, hessian_trace, squared_perturbation
+from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.hw_models import load_hardware
 from dmpq.model_evaluator import ModelEvaluator
@@ -109,6 +113,31 @@ def test_the_trace_of_all_experts_is_that_of_finite_differences(evaluator):
         parameter.requires_grad_(False)
     expected = (slopes[0] - slopes[1]) / (2 * step)
     assert found.sum() == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "measure", [empirical_fisher, lambda evaluator: hessian_trace(evaluator, probes=2, seed=1)]
+)
+def test_a_journal_knows_what_was_measured(measure, tiny, token_ids, tmp_path, monkeypatch):
+    bank, path = Bank(tiny("olmoe"), MENU), tmp_path / "journal.jsonl"
+
+    def measured(rows):
+        """Return what is measured on so many windows, what it costs, and the text's name."""
+        with closing(JsonLines(path)) as journal:
+            windows = token_ids[:rows].numpy()
+            evaluator = ModelEvaluator(bank, windows, label="text", journal=journal)
+            return measure(evaluator), evaluator.tokens_spent, evaluator.text_key
+
+    expected, spent, text = measured(4)
+    line = json.loads(path.read_text())
+    damaged = [line | {"values": ["x"]}, line | {"values": [1.0]}, {"text": text}]
+    path.write_text("".join(json.dumps(one) + "\n" for one in (*damaged, line)))
+    monkeypatch.setattr(torch.autograd, "grad", None)  # nothing can be differentiated again
+    again, spent_again, _ = measured(4)
+    np.testing.assert_array_equal(again, expected)
+    assert spent_again == spent
+    with pytest.raises(TypeError):
+        measured(3)
 
 
 @pytest.mark.parametrize("name", ["fisher", "hessian-layer", "hessian-model"])

@@ -360,11 +360,15 @@ class Problem:
 
     def propose(self, log_importance: Floats) -> Ints:
         """Return the map that log-importances (D,) stand for, within every limit, (D,)."""
-        return self.project(self.linear_values(log_importance), weighed=True)
+        return self.project(self.linear_values(log_importance))
 
     def mckp(self) -> Ints:
-        """Return the exact optimum of the linearised objective, (D,)."""
-        return self.propose(np.zeros(self.num_decisions))
+        """Return the exact optimum of the linearised objective, (D,).
+
+        It is what zero log-importances stand for, but where latency or energy is weighed and a map
+        of fewer launches is better (:mod:`dmpq.launches`): then that.
+        """
+        return self.project(self.linear_values(), weighed=True)
 
     def project(self, values: Floats, *, weighed: bool = False) -> Ints:
         """Return the map of least value within every limit, (D,).

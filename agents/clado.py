@@ -180,7 +180,7 @@ def minimum(problem: Problem, fit: LossFit, start: Ints, seen: set[bytes]) -> In
         values = objective(problem, fit.marginal(choice))
         tried = np.concatenate(
             [
-                problem.project(values, weighed=True)[None],
+                problem.project_rewards(values)[None],
                 descended(choice, values, problem.projection.groups, score)[None],
                 _exchanges(problem, fit, choice, values),
             ]

@@ -27,4 +27,4 @@ class MckpAgent(AdditiveAgent):
 
     def solve(self, problem: Problem, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the knapsack's map, (D,): the optimum of the linearised objective."""
-        return problem.project(objective(problem, values), weighed=True)
+        return problem.project_rewards(objective(problem, values))

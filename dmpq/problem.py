@@ -360,27 +360,42 @@ class Problem:
 
     def propose(self, log_importance: Floats) -> Ints:
         """Return the map that log-importances (D,) stand for, within every limit, (D,)."""
-        return self.project(self.linear_values(log_importance))
+        return self.project_rewards(self.linear_values(log_importance))
 
     def mckp(self) -> Ints:
-        """Return the exact optimum of the linearised objective, (D,).
+        """Return the best map of the linearised objective, (D,): that of zero log-importances.
 
-        It is what zero log-importances stand for, but where latency or energy is weighed and a map
-        of fewer launches is better (:mod:`dmpq.launches`): then that.
+        Exact for limits on bits and memory, but where latency or energy is weighed and a map of
+        fewer launches is better (:mod:`dmpq.launches`): then that.
         """
-        return self.project(self.linear_values(), weighed=True)
+        return self.propose(np.zeros(self.num_decisions))
 
-    def project(self, values: Floats, *, weighed: bool = False) -> Ints:
+    def project(self, values: Floats) -> Ints:
         """Return the map of least value within every limit, (D,).
 
         Exact for limits on bits and memory; for others see :mod:`dmpq.projection`.
 
         Args:
-            values: (D, B), what each format costs; smaller is better.
-            weighed: Whether they are in the reward's unit, as :meth:`linear_values` gives them,
-                so that what launches cost in it counts beside them.
+            values: (D, B), what each format costs, in any unit; smaller is better.
         """
-        return self.projection.project(values, weighed=weighed)
+        return self.projection.project(values)
+
+    def project_rewards(self, values: Floats) -> Ints:
+        """Return the map of least value, (D,), of values that are negative rewards.
+
+        What launches cost in the reward counts beside them.
+
+        Args:
+            values: (D, B), as :meth:`linear_values` gives them.
+        """
+        return self.projection.project(values, formats=self._worth_launching)
+
+    @cached_property
+    def _worth_launching(self) -> NDArray[np.bool_] | None:
+        """Formats whose launches pay, (D, B); ``None`` where launches are not weighed."""
+        if self._launch_values is None:
+            return None
+        return self.projection.worth_launching(self.linear_values())
 
     @cached_property
     def projection(self) -> Projection:

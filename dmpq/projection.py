@@ -20,6 +20,7 @@ from dmpq.relaxation import Relaxation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 Assignments = NDArray[np.integer]
 
 _PRICE_STEP: Final = 8.0
@@ -101,38 +102,45 @@ class Projection:
     relaxation: Relaxation | None = None
     pruning: tuple[int, int] | None = None
 
-    def project(self, values: Floats, *, weighed: bool = False) -> Ints:
+    def project(self, values: Floats, *, formats: Flags | None = None) -> Ints:
         """Return the map of least value within every limit, (D,).
 
         Exact for limits on bits and memory; for others see the class.
 
         Args:
             values: (D, B), what each format costs; smaller is better.
-            weighed: Whether they are in the objective's unit, so that what launches cost in it
-                counts beside them.
+            formats: (D, B), those that are worth their launches, where values are in the
+                objective's unit so that launches count beside them: the best map of these alone
+                is taken where it is better.
         """
         values = self._sparing_unhit(values)
         choice = self.solve(values)
-        weighed = weighed and self.launch_values is not None
+        menus = self._group_menus if formats is None else self._weighed_menus
         if self.priced and not self.feasible(choice[None])[0]:
-            choice = self._improved(values, self._menus(weighed=weighed))
-        elif weighed:
-            choice = self._with_fewer_launches(values, self._menus(weighed=True), choice)
+            choice = self._improved(values, menus)
+        elif formats is not None:
+            beyond = values.max() + float(np.ptp(values, axis=1).sum())
+            both = np.array([choice, self.solve(np.where(formats, values, beyond))])
+            choice = both[int(self._score(values, menus)(both).argmin())]
         return self._widen_unhit(values, choice)
 
-    def _with_fewer_launches(self, values: Floats, menus: GroupMenus, choice: Ints) -> Ints:
-        """Return a feasible map (D,), or a better one where launches are weighed.
+    def worth_launching(self, values: Floats) -> Flags:
+        """Return which formats the groups use in the best map found if launches count, (D, B).
 
         Uniform maps and those of groups' columns save launches, which values do not see; the best
-        of these is then improved by single changes.
+        of these and of the knapsack's is improved by single changes.
+
+        Args:
+            values: (D, B), what each format costs in the objective.
         """
-        uniform = np.repeat(np.arange(values.shape[1])[:, None], len(values), axis=1)
-        maps = np.array([choice, *uniform, *self._of_groups(values, menus)])
+        menus, formats = self._weighed_menus, np.arange(values.shape[1])
+        uniform = np.repeat(formats[:, None], len(values), axis=1)
+        maps = np.array([self.solve(values), *uniform, *self._of_groups(values, menus)])
         score = self._score(values, menus)
-        best = maps[int(score(maps).argmin())]
-        if np.array_equal(best, choice):
-            return choice
-        return descended(best, values, self.groups, score)
+        best = descended(maps[int(score(maps).argmin())], values, self.groups, score)
+        used = np.array([(best == fmt) @ self._in_group > 0 for fmt in formats])
+        worth: Flags = used[:, menus.groups].T
+        return worth
 
     def _score(self, values: Floats, menus: GroupMenus) -> Callable[[Ints], Floats]:
         """Return what takes maps (K, D) to their value, launches included; infinite beyond."""
@@ -262,10 +270,16 @@ class Projection:
             sets=np.array([np.isin(np.arange(formats), one) for one in _subsets(formats)]),
         )
 
-    def _menus(self, *, weighed: bool) -> GroupMenus:
-        """Return the limits as groups see them, with what launches cost in the objective."""
-        worth = self.launch_values if weighed else None
+    @cached_property
+    def _weighed_menus(self) -> GroupMenus:
+        """The same, with what launches cost in the objective."""
+        worth = self.launch_values
         return self._group_menus if worth is None else replace(self._group_menus, worth=worth)
+
+    @cached_property
+    def _in_group(self) -> Floats:
+        groups = self._group_menus.groups
+        return np.eye(groups.max() + 1)[groups]
 
     @cached_property
     def _shares(self) -> Floats:

@@ -96,3 +96,7 @@ def test_where_launches_are_weighed_no_uniform_map_is_better(weights, avg_bits):
     if avg_bits is None:  # by values alone, which see no launches, one is
         blind = problem.evaluate(problem.project(problem.linear_values())[None])
         assert blind.reward[0] < others.reward.max()
+    rng = np.random.default_rng(0)
+    sampled = np.stack([problem.propose(rng.normal(0, 0.3, 64)) for _ in range(8)])
+    assert problem.feasible(sampled).all()
+    assert problem.evaluate(sampled).reward.max() <= found.reward[0] + 1e-6

@@ -63,13 +63,13 @@ class Grid:
         limits = (text.format(bits=self.joint) for text in LIMITS)
         return tuple(map(Contest.parse, (*self.budgets, *limits)))
 
-    def plan(self, agents: tuple[str, ...], seeds: int) -> Plan:
-        """Return the plan of so many draws."""
+    def plan(self, agents: tuple[str, ...], seeds: int, *, budgets: bool = False) -> Plan:
+        """Return the plan of so many draws, of budgets alone or of all contests."""
         return Plan(
             config=replace(SHARED, bits=self.bits),
             models=(self.model,),
             seeds=tuple(range(seeds)),
-            contests=self.contests,
+            contests=self.contests[: len(self.budgets)] if budgets else self.contests,
             agents=agents,
         )
 
@@ -97,13 +97,16 @@ def main() -> int:
     parser.add_argument("--grid", choices=GRIDS, nargs="+", default=list(GRIDS))
     parser.add_argument("--agents", nargs="+", default=list(AGENTS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budgets", action="store_true", help="run the budgets alone")
     parser.add_argument("--jobs", type=int, default=1)
     arguments = parser.parse_args()
     quiet_libraries()
     for name in arguments.grid:
         if arguments.run:
             folder = Path("runs") / f"referee-{name}"
-            plan = GRIDS[name].plan(tuple(arguments.agents), arguments.seeds)
+            plan = GRIDS[name].plan(
+                tuple(arguments.agents), arguments.seeds, budgets=arguments.budgets
+            )
             compare(plan, folder, plain_console(), jobs=arguments.jobs)
             kept = RESULTS / name
             kept.mkdir(parents=True, exist_ok=True)

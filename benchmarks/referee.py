@@ -117,7 +117,7 @@ def main() -> int:
 
 
 def readme_table(standings: Path) -> str:
-    """Return, as Markdown, what agents lose over MCKP in each contest, with intervals.
+    """Return, as Markdown, what agents lose over MCKP in each contest, with 95% intervals.
 
     Args:
         standings: A grid's ``standings.csv``.
@@ -136,9 +136,8 @@ def readme_table(standings: Path) -> str:
                 cells.append("")
                 continue
             row = found.iloc[0]
-            cells.append(
-                f"{row.over:+.1%} ({100 * row.over_low:+.1f} to {100 * row.over_high:+.1f})"
-            )
+            interval = f"{100 * row.over_low:+.1f} to {100 * row.over_high:+.1f}"
+            cells.append(f"{row.over:+.1%} ({interval if row.runs > 1 else 'one draw'})")
         lines.append(f"| {agent} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

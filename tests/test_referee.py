@@ -176,9 +176,8 @@ def test_what_measures_a_signal_of_its_own_pays_for_no_profile(tmp_path):
     hessian, fisher = 101 * (int(allowed / 101) // 64 * 64), 5 * (128 + 4096)
     assert hessian * 0.99 < found["hessian-model"].tokens <= hessian
     assert fisher * 0.95 < found["fisher"].tokens <= fisher
-    poor = replace(
-        plan, config=replace(own, profile_tokens=64, evaluations=2, selection_tokens=64)
-    )
+    short = replace(own, profile_tokens=64, selection_tokens=64, search_tokens=256, evaluations=20)
+    poor = replace(plan, config=short)
     with pytest.raises(InputError, match="takes 101 forwards of the search text"):
         list(Group(poor, "reference", 0, tmp_path / "poor").run())
 

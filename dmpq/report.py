@@ -117,7 +117,7 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
     from rich.table import Table
 
     shown = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
-    shown.add_column("allocation", justify="left")
+    shown.add_column("allocation", justify="left", overflow="fold")
     (memory, unit_bytes), (latency, unit_s), (energy, unit_j) = units_of(rows).values()
     heads = ("bits", "KL", "ppl", f"memory\n{memory}", f"latency\n{latency}", "tokens\n/s")
     for head in (*heads, f"energy\n{energy}"):

@@ -81,28 +81,30 @@ def test_spelled_weights_are_read_as_they_were(text):
 @pytest.mark.parametrize("avg_bits", [None, 5.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_heavier_weight_never_gives_the_knapsack_a_dearer_map(term, avg_bits, seed):
-    """Of two optima, each no worse at its own weight, the heavier's linear cost is no larger.
+    """Of two maps, each no worse at its own weight, the heavier's costs no more.
 
-    Of the linear objective alone: launches, which the knapsack counts as well, do not add up.
+    By the full cost model, launches included: that each is best at its own weight is shown too.
     """
-    column = 1 + ["lat", "mem", "eng"].index(term)
     problem = make_problem(seed=seed, avg_bits=avg_bits, hw="rtx4090")
-    rows, costs, damage = np.arange(problem.num_decisions), [], []
     swept = Sweep.parse([f"{term}=" + ",".join(map(str, HEAVIER))], base=PURE)
+    asked, maps = [], []
 
-    def note(own, answer, _row):
-        taken = own.linear_ratios[rows, answer.assignment]
-        costs.append(taken[:, column].sum())
-        damage.append(taken[:, 0].sum())
+    def knapsack(own):
+        asked.append(own)
+        maps.append(own.mckp())
+        return Answer(maps[-1])
 
-    def linear(own):
-        return Answer(own.project(own.linear_values()))
-
-    trace(problem, swept, linear, name="mckp", found=note)
-    assert len(costs) == len(HEAVIER)
-    assert (np.diff(costs) <= 1e-12).all()
-    assert (np.diff(damage) >= -1e-12).all()
-    assert costs[-1] < costs[0]
+    trace(problem, swept, knapsack, name="mckp")
+    assert len(maps) == len(HEAVIER)
+    every = np.stack(maps)
+    for i, own in enumerate(asked):
+        rewards = own.evaluate(every).reward
+        assert rewards[i] >= rewards.max() - 1e-12
+    cost = problem.costs(every)
+    column = {"lat": cost.latency_s, "mem": cost.memory_bytes, "eng": cost.energy_j}[term]
+    assert (np.diff(column) <= 1e-9 * column[0]).all()
+    assert column[-1] < column[0]
+    assert (np.diff(problem.surrogate(every).kl) >= -1e-12).all()
 
 
 def test_an_agent_stands_beside_the_knapsack_and_uniform_maps_come_last():

@@ -76,6 +76,22 @@ class Experts:
         """Gate and up weights, or up alone, and down weights, as the module holds them."""
         return getattr(self.module, self._up_name), self.module.down_proj  # type: ignore[return-value]
 
+    def geometry(self, layer: MoELayer | None = None) -> MoELayer:
+        """Return the layer's geometry, its shapes read off the weights.
+
+        Args:
+            layer: What the configuration says of it; ``None`` to leave the router's choices at 1.
+        """
+        hidden, intermediate = self.down.shape[1:]
+        known = layer or MoELayer(self.path, self.num_experts, 1, hidden, intermediate)
+        return replace(
+            known,
+            num_experts=self.num_experts,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            gated=bool(self.module.has_gate),
+        )
+
     def oriented(self, weight: Any) -> torch.Tensor:
         """Swap the last two dimensions where the family stores (in, out)."""
         oriented: torch.Tensor = weight.data.mT if self.module.is_transposed else weight.data
@@ -95,7 +111,7 @@ class Experts:
         down: torch.Tensor,
         *,
         copies: int = 1,
-        only: int | None = None,
+        only: int | Sequence[int] | None = None,
         gaps: bool = False,
     ) -> SimpleNamespace:
         """Return what the interface's forward reads, over other weights.
@@ -104,7 +120,8 @@ class Experts:
             gate_up: (E * copies, out, in); the copies of an expert stand together.
             down: (E * copies, out, in).
             copies: Virtual experts per expert.
-            only: Index of the one expert that the weights belong to (E = 1); ``None`` for all.
+            only: Index of the one expert that the weights belong to (E = 1), or of several;
+                ``None`` for all.
             gaps: Whether the index ``E * copies`` stands for no expert: nothing is computed for
                 it, and it adds zeros. The interface means an expert on another device by it.
         """
@@ -122,7 +139,9 @@ class Experts:
             view["act_fn"] = module.act_fn
         if module.has_bias:
             for name in (f"{self._up_name}_bias", "down_proj_bias"):
-                bias = getattr(module, name) if only is None else getattr(module, name)[only, None]
+                bias = getattr(module, name)
+                if only is not None:
+                    bias = bias[[only] if isinstance(only, int) else list(only)]
                 view[name] = bias.repeat_interleave(copies, 0)
         if view["has_post_expert_norm"]:
             view["post_expert_norm"] = module.post_expert_norm
@@ -175,7 +194,7 @@ class MoEModel:
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.revision = revision
-        self.containers = _find_containers(model)
+        self.containers = find_containers(model)
         if not self.containers:
             raise _no_experts(model, name)
         model.set_experts_implementation(IMPLEMENTATION)
@@ -194,7 +213,7 @@ class MoEModel:
         paths = [experts.path for experts in self.containers]
         spec = ModelSpec.from_config(self.model.config.to_dict(), name=self.name, paths=paths)
         layers = tuple(
-            _measured(layer, experts)
+            experts.geometry(layer)
             for layer, experts in zip(spec.moe_layers, self.containers, strict=True)
         )
         return replace(spec, moe_layers=layers)
@@ -223,7 +242,8 @@ class MoEModel:
         return logits
 
 
-def _find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
+def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
+    """Return the experts containers of a model, in the order of its layers."""
     found = []
     for path, module in model.named_modules():
         if not vars(module).keys() >= _FLAGS:
@@ -234,17 +254,6 @@ def _find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
         router = next((w for w in weights if w is not None and len(w) == module.num_experts), None)
         found.append(Experts(path, module, router))
     return tuple(found)
-
-
-def _measured(layer: MoELayer, experts: Experts) -> MoELayer:
-    hidden, intermediate = experts.down.shape[1:]
-    return replace(
-        layer,
-        num_experts=experts.num_experts,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        gated=bool(experts.module.has_gate),
-    )
 
 
 def _no_experts(model: PreTrainedModel, name: str) -> InputError:
@@ -267,6 +276,33 @@ def reference_path() -> Path:
     return Path(__file__).parent / "reference" / "model"
 
 
+def checkpoint_source(name: str, revision: str | None = None) -> tuple[str, bool]:
+    """Return where a checkpoint is read from, and whether that is a folder of this machine.
+
+    Args:
+        name: ``"reference"``, a local folder, or a hub id.
+        revision: Revision of a hub model.
+
+    Raises:
+        InputError: If the folder holds no checkpoint, or a pickle; or is given a revision.
+    """
+    source = str(reference_path()) if name == "reference" else name
+    local = os.path.isdir(source)
+    if local and not os.path.isfile(os.path.join(source, "config.json")):
+        raise InputError(
+            f"The folder {source} holds no checkpoint (no config.json); give a folder written by "
+            "save_pretrained, or a hub id."
+        )
+    if local and revision is not None:
+        raise InputError(
+            f"The folder {name} has no revisions, so --revision {revision} names nothing; leave "
+            "it out, or give a hub id."
+        )
+    if local:
+        _refuse_pickles(source)
+    return source, local
+
+
 def load_model(
     name: str = "reference",
     *,
@@ -286,20 +322,7 @@ def load_model(
         InputError: If there is no such model, no network, no weights, or no experts.
     """
     _check_device(device)
-    source = str(reference_path()) if name == "reference" else name
-    local = os.path.isdir(source)
-    if local and not os.path.isfile(os.path.join(source, "config.json")):
-        raise InputError(
-            f"The folder {source} holds no checkpoint (no config.json); give a folder written by "
-            "save_pretrained, or a hub id."
-        )
-    if local and revision is not None:
-        raise InputError(
-            f"The folder {name} has no revisions, so --revision {revision} names nothing; leave "
-            "it out, or give a hub id."
-        )
-    if local:
-        _refuse_pickles(source)
+    source, local = checkpoint_source(name, revision)
     options: dict[str, Any] = {
         "revision": revision,
         "local_files_only": local,

@@ -54,13 +54,15 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 
 FLOORS = [
-    {"errors", "formats", "files", "overrides", "revision"},
+    {"errors", "formats", "files", "overrides", "revision", "tensor_files"},
     {"hf_config"},
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},
     {"quantization", "moe", "data", "replay", "pruning"},
-    {"bank"},
+    {"bank", "checkpoint", "packed"},
+    {"hf"},
+    {"quantized_checkpoint", "model_card", "memory_probe"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
     {"knapsack", "launches", "local_search", "objective"},
     {"decisions", "features", "contest"},
@@ -82,7 +84,7 @@ FLOORS = [
         "sweep_report",
         "additivity",
     },
-    {"search", "validate", "hardware", "compare", "pretrain", "additivity", "sweep"},
+    {"search", "validate", "apply", "hardware", "compare", "pretrain", "additivity", "sweep"},
 ]
 
 

@@ -1,0 +1,210 @@
+"""``import dmpq.hf``: transformers loads quantized checkpoints that ``dmpq.apply`` wrote.
+
+After the import, ``AutoModelForCausalLM.from_pretrained(DIR)`` builds the ordinary model with its
+experts packed (:mod:`dmpq.packed`), and ``generate``, ``save_pretrained`` and device maps work as
+they do elsewhere. Without it such a folder does not load: a tensor in it has a shape that no
+model has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ExpertsInterface
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from dmpq.bitmap import PROJECTIONS, LayerAssignment
+from dmpq.errors import InputError, unknown
+from dmpq.formats import Menu
+from dmpq.moe import Experts, find_containers
+from dmpq.packed import CHILD, PackedExperts, PackedLayer
+from dmpq.spec import MoELayer
+from dmpq.tensor_files import TensorFile
+
+METHOD: Final = "dmpq"
+VERSION: Final = 1
+IMPLEMENTATION: Final = "dmpq_packed"
+
+
+@register_quantization_config(METHOD)
+class DmpqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a folder: the formats on offer, and each expert's.
+
+    Args:
+        quantizer: Name and whether symmetric, as in a bit map.
+        choices: Menu key → bits and group size.
+        assignment: Container → a menu key per expert, or such lists for ``gate_up`` and ``down``.
+        fingerprint: SHA-256 of the weights that were quantized.
+        version: Of the layout.
+        quant_method: Always ``"dmpq"``.
+
+    Raises:
+        InputError: If it was written by a later version, or is malformed.
+    """
+
+    def __init__(
+        self,
+        quantizer: Mapping[str, Any],
+        choices: Mapping[str, Mapping[str, int]],
+        assignment: Mapping[str, LayerAssignment],
+        fingerprint: str,
+        version: int = VERSION,
+        quant_method: str = METHOD,
+    ) -> None:
+        if version != VERSION:
+            raise InputError(
+                f"The checkpoint is laid out by version {version!r} of dmpq's format, this dmpq "
+                f"reads {VERSION}; load it with the dmpq that wrote it."
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.version = version
+        self.quantizer = quantizer
+        self.choices = choices
+        self.assignment = assignment
+        self.fingerprint = fingerprint
+        _ = self.menu
+
+    @property
+    def menu(self) -> Menu:
+        """The formats on offer."""
+        try:
+            return Menu.parse(
+                list(self.choices),
+                quantizer=self.quantizer["name"],
+                symmetric=self.quantizer["symmetric"],
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                "The checkpoint's quantization_config names no quantizer or choices; get it again."
+            ) from error
+
+    def layer(self, layer: MoELayer, dtype: torch.dtype) -> PackedLayer:
+        """Return what is stored of a layer.
+
+        Raises:
+            InputError: If the configuration is of other experts.
+        """
+        given = self.assignment.get(layer.path)
+        keys = [given[name] for name in PROJECTIONS] if isinstance(given, Mapping) else [given] * 2
+        for part in keys:
+            if not isinstance(part, list) or len(part) != layer.num_experts:
+                raise InputError(
+                    f"The checkpoint's quantization_config gives no list of {layer.num_experts} "
+                    f"formats for {layer.path}; it was edited, or belongs to another model."
+                )
+            strange = next((key for key in part if key not in self.choices), None)
+            if strange is not None:
+                raise unknown(f"format in {layer.path}", str(strange), self.choices)
+        up, down = (tuple(map(str, part or ())) for part in keys)
+        return PackedLayer(layer, self.menu, (up, down), dtype)
+
+
+@register_quantizer(METHOD)
+class DmpqHfQuantizer(HfQuantizer):
+    """Puts packed experts in the place of a model's, before its weights are loaded."""
+
+    requires_calibration = True
+    quantization_config: DmpqConfig
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: Sequence[str] | None = None,
+        **_: Any,
+    ) -> None:
+        containers = find_containers(model)
+        unknown_paths = self.quantization_config.assignment.keys() - {c.path for c in containers}
+        if unknown_paths:
+            raise InputError(
+                f"The checkpoint's quantization_config names {sorted(unknown_paths)[0]}, which "
+                "the model does not have; it was edited, or belongs to another model."
+            )
+        stored: dict[str, tuple[int, ...]] = {}
+        for experts in containers:
+            packed = self.quantization_config.layer(experts.geometry(), experts.down.dtype)
+            stored |= {name: info.shape for name, info in packed.tensors().items()}
+            pack(experts, PackedExperts(packed))
+        model.set_experts_implementation(IMPLEMENTATION)
+        _ignore_guards(model)
+        if checkpoint_files:
+            _check_files(checkpoint_files, stored)
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` writes what was loaded."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the packed weights can be trained; they cannot."""
+        return False
+
+
+def pack(experts: Experts, packed: PackedExperts) -> None:
+    """Replace a container's weights by packed ones."""
+    module = experts.module
+    own = dict(module.named_parameters(recurse=False))
+    replaced = [name for name, p in own.items() if any(p is w for w in experts.parameters)]
+    for name in replaced:
+        delattr(module, name)
+    module.add_module(CHILD, packed)
+    # Nothing of it is to be drawn at random: what is missing on disk is refused.
+    module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _run(
+    module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Run a packed container; the signature of the experts interface."""
+    packed: PackedExperts = module.get_submodule(CHILD)  # type: ignore[assignment]
+    return packed.run(Experts("", module, None), hidden, index, weights)
+
+
+ExpertsInterface.register(IMPLEMENTATION, _run)
+
+
+def guard_name(experts: Experts) -> str:
+    """Return the tensor whose shape keeps a plain ``from_pretrained`` from random experts.
+
+    It has no values, and the name of a parameter that only an unpacked model has.
+    """
+    own = dict(experts.module.named_parameters(recurse=False))
+    name = next(name for name, p in own.items() if p is experts.parameters[0])
+    return f"{experts.path}.{name}"
+
+
+def _ignore_guards(model: PreTrainedModel) -> None:
+    known = list(model._keys_to_ignore_on_load_unexpected or [])
+    model._keys_to_ignore_on_load_unexpected = {*known, r"experts\.(gate_)?up_proj$"}
+
+
+def _check_files(files: Sequence[str], stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse files that lack a packed tensor: transformers would only warn."""
+    found = {name: info.shape for file in files for name, info in TensorFile(file).tensors.items()}
+    for name, shape in stored.items():
+        if found.get(name) != shape:
+            what = "is missing" if name not in found else f"is {found[name]}, not {shape}"
+            raise InputError(
+                f"The quantized checkpoint does not hold what its config.json says: {name} "
+                f"{what}; it was edited or is incomplete: write it again with dmpq.apply."
+            )
+
+
+def quantization_config(
+    menu: Menu, assignment: Mapping[str, LayerAssignment], fingerprint: str
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a folder's ``config.json``, as plain JSON values."""
+    config = DmpqConfig(
+        quantizer={"name": menu.quantizer, "symmetric": menu.symmetric},
+        choices={f.key: {"bits": f.bits, "group_size": f.group_size} for f in menu.formats},
+        assignment=dict(assignment),
+        fingerprint=fingerprint,
+    )
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
+    return plain

@@ -1,0 +1,288 @@
+"""A quantized checkpoint written expert by expert: whole at the end, or not there.
+
+It grows in a hidden folder beside its place, one layer after the other, and is moved there when
+everything is in it; the same command goes on with what an interrupted one has left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from dmpq import hf
+from dmpq.bitmap import BitMap
+from dmpq.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
+from dmpq.errors import InputError
+from dmpq.files import JsonLines, replace_atomically
+from dmpq.formats import Format
+from dmpq.moe import Experts
+from dmpq.packed import PackedLayer, stored_parts, tensor_name
+from dmpq.quantization import quantize
+from dmpq.tensor_files import TensorFileWriter, TensorInfo, file_bytes
+
+LARGEST_SHARD: Final = 5 * 10**9
+"""Bytes, as transformers has it."""
+BITMAP: Final = "bitmap.json"
+_STATE: Final = "apply.json"
+_DONE: Final = "apply.jsonl"
+_METADATA: Final = {"format": "pt"}
+_OTHERS: Final = "others"
+_COPIED: Final = ("*.json", "*.jinja", "*.model", "*.txt")
+_MATRICES: Final = 12
+"""Copies of an expert's larger matrix in fp32 that quantizing it takes, at most."""
+_FIXED: Final = 64 << 20
+"""Bytes for whatever is copied in pieces."""
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(_stage: str, _done: int, _total: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(eq=False)
+class QuantizedCheckpoint:
+    """The checkpoint that a bit map makes of another.
+
+    Args:
+        bitmap: The map.
+        source: The checkpoint that the map was made for.
+        largest_shard: Bytes of a file, at most, unless a single tensor is larger.
+
+    Raises:
+        InputError: If the map is of other experts.
+    """
+
+    bitmap: BitMap
+    source: Checkpoint
+    largest_shard: int = LARGEST_SHARD
+
+    def __post_init__(self) -> None:
+        self.bitmap.to_assignment(self.source.moe.spec)
+
+    @cached_property
+    def layers(self) -> list[tuple[Experts, PackedLayer]]:
+        """Each container, and what is stored of it."""
+        config = hf.DmpqConfig(**self.quantization_config)
+        spec = self.source.moe.spec
+        return [
+            (experts, config.layer(layer, self.source.dtype))
+            for experts, layer in zip(self.source.moe.containers, spec.moe_layers, strict=True)
+        ]
+
+    @cached_property
+    def quantization_config(self) -> dict[str, Any]:
+        """What ``config.json`` says of the quantization."""
+        return hf.quantization_config(
+            self.bitmap.menu, self.bitmap.assignment, self.bitmap.model["fingerprint"]
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Everything that it holds."""
+        packed = {k: v for _, layer in self.layers for k, v in layer.tensors().items()}
+        guard = hf.guard_name(self.source.moe.containers[0])
+        return {
+            **self.source.other_tensors,
+            **packed,
+            guard: TensorInfo(self.source.dtype, (0,)),
+        }
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of the files that hold the tensors, their headers included."""
+        return sum(file_bytes(held, _METADATA) for held in self._shards().values())
+
+    @property
+    def needed_memory(self) -> int:
+        """Bytes that writing it takes beside the imports, an estimate from above."""
+        largest = max(
+            rows * columns
+            for layer in self.source.moe.spec.moe_layers
+            for rows, columns in (layer.gate_up_shape, layer.down_shape)
+        )
+        return _FIXED + 4 * _MATRICES * largest
+
+    def check_memory(self, allowed: float) -> None:
+        """Refuse a limit that a single expert exceeds.
+
+        Args:
+            allowed: Bytes beside the imports.
+
+        Raises:
+            InputError: If it does.
+        """
+        if self.needed_memory > allowed:
+            raise InputError(
+                f"Quantizing one expert of {self.source.name} takes up to "
+                f"{self.needed_memory / 1e9:.2f} GB beside the imports, and --max-memory allows "
+                f"{allowed / 1e9:.2f}; allow more, since experts are quantized whole."
+            )
+
+    def check_fingerprint(self, progress: Progress = _silent) -> None:
+        """Refuse weights other than those that the map was made for.
+
+        Raises:
+            InputError: If they are.
+        """
+        found = self.source.fingerprint(lambda i, n: progress("reading the weights", i, n))
+        wanted = self.bitmap.model["fingerprint"]
+        if found != wanted:
+            raise InputError(
+                f"The bit map was made for weights {wanted[:12]}..., {self.source.name} has "
+                f"{found[:12]}...; give the right --model."
+            )
+
+    def write(
+        self, folder: Path, *, card: str, progress: Progress = _silent, check: bool = True
+    ) -> None:
+        """Write it, or go on with what an interrupted run has left.
+
+        Args:
+            folder: Where to; it must not exist yet.
+            card: Text of its README.md.
+            progress: Called with a stage's name, steps done, and all steps.
+            check: Whether to compare the weights with the map's fingerprint first.
+
+        Raises:
+            InputError: If something is there, the disk is too small, or the weights are others.
+        """
+        if folder.exists():
+            raise InputError(f"{folder} exists already; remove it, or give another --out.")
+        partial = folder.parent / f".{folder.name}.partial"
+        fresh = not self._goes_on(partial)
+        self._check_disk(folder.parent, partial)
+        if check:
+            self.check_fingerprint(progress)
+        partial.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            replace_atomically(partial / _STATE, json.dumps(self._state()).encode())
+        shards = self._shards()
+        writers = {
+            name: TensorFileWriter(partial / name, tensors, _METADATA)
+            for name, tensors in shards.items()
+        }
+        journal = JsonLines(partial / _DONE)
+        try:
+            done = {str(record.get("unit")) for record in journal}
+            home = {tensor: writers[name] for name, held in shards.items() for tensor in held}
+            units = self._units(home)
+            for number, (unit, work) in enumerate(units.items(), 1):
+                if unit not in done:
+                    work()
+                    for writer in writers.values():
+                        writer.flush()
+                    journal.append({"unit": unit})
+                progress("quantizing", number, len(units))
+        finally:
+            journal.close()
+            for writer in writers.values():
+                writer.close()
+        self._write_texts(partial, shards, card)
+        (partial / _STATE).unlink()
+        (partial / _DONE).unlink()
+        os.replace(partial, folder)
+
+    def _state(self) -> dict[str, str]:
+        text = json.dumps([self.bitmap.to_json(), self.largest_shard], sort_keys=True)
+        return {"made_of": hashlib.sha256(text.encode()).hexdigest()}
+
+    def _goes_on(self, partial: Path) -> bool:
+        """Return whether an interrupted run of this very map is there; clear away another's."""
+        if not partial.exists():
+            return False
+        try:
+            if json.loads((partial / _STATE).read_text("utf-8")) == self._state():
+                return True
+        except (OSError, ValueError):
+            pass
+        shutil.rmtree(partial)
+        return False
+
+    def _check_disk(self, parent: Path, partial: Path) -> None:
+        there = sum(file.stat().st_blocks * 512 for file in partial.glob("*.safetensors"))
+        existing = next(path for path in (parent, *parent.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free + there
+        if free < self.num_bytes:
+            raise InputError(
+                f"The quantized checkpoint takes {self.num_bytes / 1e9:.2f} GB, and {existing} "
+                f"has {free / 1e9:.2f} GB free; make room, or give another --out."
+            )
+
+    def _shards(self) -> dict[str, dict[str, TensorInfo]]:
+        """Return the tensors of each file, in the order of the model."""
+        files: list[dict[str, TensorInfo]] = [{}]
+        held = 0
+        for name, info in self.tensors.items():
+            if files[-1] and held + info.num_bytes > self.largest_shard:
+                files.append({})
+                held = 0
+            files[-1][name] = info
+            held += info.num_bytes
+        if len(files) == 1:
+            return {SINGLE: files[0]}
+        return {
+            f"model-{i:05}-of-{len(files):05}.safetensors": file for i, file in enumerate(files, 1)
+        }
+
+    def _units(self, home: Mapping[str, TensorFileWriter]) -> dict[str, Callable[[], None]]:
+        """Return what is done between two entries of the journal."""
+
+        def others() -> None:
+            for name in self.source.other_tensors:
+                at = 0
+                for piece in self.source.chunks(name):
+                    home[name].write_bytes(name, piece, offset=at)
+                    at += piece.numel()
+
+        units: dict[str, Callable[[], None]] = {_OTHERS: others}
+        for experts, layer in self.layers:
+
+            def one(experts: Experts = experts, layer: PackedLayer = layer) -> None:
+                for name, row, values in self._packed(experts, layer):
+                    home[name].write(name, values[None], row=row)
+
+            units[experts.path] = one
+        return units
+
+    def _packed(
+        self, experts: Experts, layer: PackedLayer
+    ) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """Yield what is stored of each expert: the tensor, its row there, and its values."""
+        for side, name in enumerate(SIDES):
+            for key, members in layer.members(side).items():
+                fmt = Format.parse(key)
+                for row, index in enumerate(members):
+                    weight = self.source.expert(experts, name, index)
+                    quantized = None if fmt.is_full else quantize(weight, fmt, layer.menu)
+                    for part, values in stored_parts(weight, quantized).items():
+                        yield tensor_name(experts.path, side, key, part), row, values
+
+    def _write_texts(
+        self, folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]], card: str
+    ) -> None:
+        """Write everything but the weights: configuration, tokenizer, map, card."""
+        for pattern in _COPIED:
+            for file in sorted(self.source.folder.glob(pattern)):
+                if file.name not in (INDEX, "config.json"):
+                    shutil.copyfile(file, folder / file.name)
+        config = json.loads((self.source.folder / "config.json").read_text("utf-8"))
+        config["quantization_config"] = self.quantization_config
+        replace_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(one.num_bytes for one in self.tensors.values())},
+                "weight_map": {tensor: name for name, held in shards.items() for tensor in held},
+            }
+            replace_atomically(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        self.bitmap.write(folder / BITMAP)
+        replace_atomically(folder / "README.md", card.encode())

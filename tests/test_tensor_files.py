@@ -76,9 +76,11 @@ def test_an_interrupted_file_is_gone_on_with(tmp_path):
 
 def test_another_type_than_announced_is_refused(tmp_path):
     infos = {"a": TensorInfo(torch.float32, (2,))}
-    with TensorFileWriter(tmp_path / "x.safetensors", infos, {}) as writer:
-        with pytest.raises(ValueError, match=r"a is torch.float32, not torch.float16"):
-            writer.write("a", torch.zeros(2, dtype=torch.float16))
+    with (
+        TensorFileWriter(tmp_path / "x.safetensors", infos, {}) as writer,
+        pytest.raises(ValueError, match=r"a is torch.float32, not torch.float16"),
+    ):
+        writer.write("a", torch.zeros(2, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("cut", [0, 4, 20, -1])

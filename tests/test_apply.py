@@ -1,0 +1,398 @@
+"""A bit map becomes a checkpoint, and transformers loads what the evaluator measured."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build
+from factories import write_bitmap
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import dmpq.hf  # noqa: F401, registers the format
+from dmpq.apply import main
+from dmpq.bank import Bank
+from dmpq.bitmap import BitMap, assignment_from
+from dmpq.checkpoint import Checkpoint
+from dmpq.errors import InputError
+from dmpq.formats import Menu
+from dmpq.moe import MoEModel, load_model, reference_path
+from dmpq.packed import PackedExperts
+from dmpq.quantized_checkpoint import QuantizedCheckpoint
+
+MENU = Menu.parse("0,2,3g16,4,8,16")
+FAMILIES = ["olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+
+
+def bitmap_of(moe, menu, assignment, folder):
+    """Return the bit map of a model for an assignment."""
+    template = BitMap.read(write_bitmap(folder))
+    spec = moe.spec
+    model = {
+        "id": moe.name,
+        "revision": None,
+        "architecture": type(moe.model).__name__,
+        "fingerprint": moe.fingerprint,
+    }
+    serve = "projection" if len(assignment) == 2 * spec.num_experts else "expert"
+    return replace(
+        template,
+        model=model,
+        geometry=spec,
+        menu=menu,
+        assignment=assignment_from(spec, menu, assignment),
+        serve=serve,
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Save a tiny model of a family, once; returns its folder and the model."""
+    made = {}
+
+    def save(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family) / family
+            model = build(family)
+            model.save_pretrained(folder)
+            made[family] = folder, MoEModel(model, name=str(folder))
+        return made[family]
+
+    return save
+
+
+def evaluated(moe, menu, assignment, ids):
+    """Return the logits that the evaluator's bank gives a map."""
+    bank = Bank(moe, menu)
+    formats = np.asarray(assignment).reshape(moe.spec.num_experts, -1)
+    with torch.no_grad(), bank.attached():
+        bank.choose(np.broadcast_to(formats, (moe.spec.num_experts, 2))[None])
+        return moe.logits(ids)
+
+
+def loaded(folder, ids, **options):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    with torch.no_grad():
+        return model, model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("menu", [MENU, Menu.parse("2,3,4,8", quantizer="rtn", symmetric=True)])
+def test_loaded_logits_are_the_evaluator_s_to_the_bit(family, menu, saved, tmp_path, token_ids):
+    _, moe = saved(family)
+    rng = np.random.default_rng(0)
+    assignment = rng.integers(len(menu), size=moe.spec.num_experts)
+    bitmap = bitmap_of(moe, menu, assignment, tmp_path)
+    bitmap.write(tmp_path / "bitmap.json")
+    assert main([str(tmp_path / "bitmap.json"), "--out", str(tmp_path / "out")]) == 0
+    model, logits = loaded(tmp_path / "out", token_ids)
+    assert torch.equal(logits, evaluated(moe, menu, assignment, token_ids))
+    packed = [one for one in model.modules() if isinstance(one, PackedExperts)]
+    assert len(packed) == len(moe.containers)
+
+
+def test_projections_may_differ(saved, tmp_path, token_ids):
+    folder, moe = saved("olmoe")
+    menu = Menu.parse("2,3,4,8,16")
+    assignment = np.random.default_rng(1).integers(len(menu), size=2 * moe.spec.num_experts)
+    made = QuantizedCheckpoint(bitmap_of(moe, menu, assignment, tmp_path), Checkpoint(str(folder)))
+    made.write(tmp_path / "out", card="")
+    _, logits = loaded(tmp_path / "out", token_ids)
+    assert torch.equal(logits, evaluated(moe, menu, assignment, token_ids))
+
+
+def test_dequantized_weights_are_the_bank_s_to_the_bit(saved, tmp_path):
+    folder, moe = saved("gpt_oss")
+    menu = Menu.parse("2,3,4,8,16")
+    assignment = np.arange(moe.spec.num_experts) % len(menu)
+    made = QuantizedCheckpoint(bitmap_of(moe, menu, assignment, tmp_path), Checkpoint(str(folder)))
+    made.write(tmp_path / "out", card="")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    bank = Bank(moe, menu)
+    start = 0
+    packed = [one for one in model.modules() if isinstance(one, PackedExperts)]
+    for own, layer in zip(packed, bank.layers, strict=True):
+        for expert in range(layer.experts.num_experts):
+            wanted = layer.variant(expert, int(assignment[start + expert]))
+            for side in (0, 1):
+                assert torch.equal(own.weights(expert, side, torch.float32), wanted[side])
+        start += layer.experts.num_experts
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The bundled model under a mixed map, written once."""
+    folder = tmp_path_factory.mktemp("reference")
+    moe, _ = load_model("reference")
+    menu = Menu.parse("2,3,4,8,16")
+    assignment = np.random.default_rng(0).integers(3, size=moe.spec.num_experts)
+    bitmap = bitmap_of(moe, menu, assignment, folder)
+    bitmap.write(folder / "bitmap.json")
+    made = QuantizedCheckpoint(bitmap, Checkpoint("reference"))
+    made.write(folder / "out", card="")
+    return folder, made
+
+
+def test_the_file_takes_the_bytes_that_the_map_predicts(reference):
+    folder, made = reference
+    size = (folder / "out" / "model.safetensors").stat().st_size
+    assert size == made.num_bytes
+    spec, menu = made.source.moe.spec, made.bitmap.menu
+    chosen = made.bitmap.to_assignment(spec)
+    stored = spec.stored_bits(menu).sum(1)
+    experts = stored[np.arange(len(chosen)), chosen].sum() // 8
+    whole = experts + sum(info.num_bytes for info in made.source.other_tensors.values())
+    header = size - whole
+    assert 0 < header < 150 * len(made.tensors)  # names and shapes
+    assert abs(size - whole) / 3.35e6 < 0.01  # of the full-precision file
+
+
+def test_it_generates_as_the_dequantized_model_does(reference, token_ids):
+    folder, made = reference
+    model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    plain, _ = load_model("reference")
+    menu = made.bitmap.menu
+    bank = Bank(plain, menu)
+    formats = np.repeat(made.bitmap.to_assignment(plain.spec)[:, None], 2, 1)
+    start = 0
+    for layer in bank.layers:
+        stop = start + layer.experts.num_experts
+        weights = layer.select(formats[start:stop])
+        for parameter, values in zip(layer.experts.parameters, weights, strict=True):
+            parameter.data.copy_(values)
+        start = stop
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 256}
+    prompt = token_ids[:2]
+    assert torch.equal(model.generate(prompt, **options), plain.model.generate(prompt, **options))
+
+
+def test_saving_again_keeps_everything(reference, tmp_path, token_ids):
+    folder, _ = reference
+    model, logits = loaded(folder / "out", token_ids)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(loaded(tmp_path / "again", token_ids)[1], logits)
+
+
+def test_another_float_type_leaves_the_scales_alone(reference, token_ids):
+    folder, _ = reference
+    model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+    packed = next(one for one in model.modules() if isinstance(one, PackedExperts))
+    before = packed.weights(0, 0, torch.float32)
+    model.to(torch.bfloat16)
+    assert torch.equal(packed.weights(0, 0, torch.float32), before)
+    with torch.no_grad():
+        assert model(input_ids=token_ids).logits.isfinite().all()
+
+
+def test_experts_stay_packed_in_memory(reference):
+    folder, _ = reference
+    model = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.bfloat16)
+    plain = AutoModelForCausalLM.from_pretrained(reference_path(), dtype=torch.bfloat16)
+    assert model.get_memory_footprint() < 0.3 * plain.get_memory_footprint()
+
+
+def test_shards_and_resume_give_the_same_tensors(reference, tmp_path, monkeypatch):
+    folder, made = reference
+    small = QuantizedCheckpoint(made.bitmap, made.source, largest_shard=200_000)
+    calls = []
+    packed = QuantizedCheckpoint._packed
+
+    def interrupted(self, experts, layer):
+        calls.append(experts.path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return packed(self, experts, layer)
+
+    monkeypatch.setattr(QuantizedCheckpoint, "_packed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small.write(tmp_path / "out", card="")
+    assert not (tmp_path / "out").exists()
+    small.write(tmp_path / "out", card="")
+    paths = [one.path for one in made.source.moe.containers]
+    assert calls == [*paths[:3], *paths[2:]]
+    files = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 2
+    whole = load_file(folder / "out" / "model.safetensors")
+    split = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert split.keys() == whole.keys()
+    assert all(torch.equal(split[name], whole[name]) for name in whole)
+    assert not list(tmp_path.glob(".out*"))
+    assert not list((tmp_path / "out").glob("apply*"))
+
+
+def full_disk(*_):
+    raise OSError("the disk is full")
+
+
+def test_a_run_of_another_map_starts_afresh(reference, tmp_path, monkeypatch):
+    _, made = reference
+    with monkeypatch.context() as patch:
+        patch.setattr(QuantizedCheckpoint, "_packed", full_disk)
+        with pytest.raises(OSError, match="the disk is full"):
+            made.write(tmp_path / "out", card="")
+    other = QuantizedCheckpoint(replace(made.bitmap, versions={"dmpq": "9"}), made.source)
+    other.write(tmp_path / "out", card="")
+    assert json.loads((tmp_path / "out" / "bitmap.json").read_text())["versions"] == {"dmpq": "9"}
+
+
+def test_a_plain_load_without_the_import_fails_instead_of_guessing(reference):
+    folder, _ = reference
+    code = (
+        "from transformers import AutoModelForCausalLM as A;"
+        f"A.from_pretrained({str(folder / 'out')!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "gate_up_proj" in done.stdout + done.stderr
+
+
+def edited(folder, tmp_path):
+    copy = tmp_path / "edited"
+    shutil.copytree(folder / "out", copy)
+    return copy, json.loads((copy / "config.json").read_text())
+
+
+def first_layer(config):
+    return next(iter(config["quantization_config"]["assignment"].values()))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: first_layer(c).__setitem__(0, "8"), "does not hold what its config.json says"),
+        (lambda c: first_layer(c).__setitem__(0, "5"), "Unknown format"),
+        (lambda c: first_layer(c).pop(), "no list of 16 formats"),
+        (lambda c: c["quantization_config"].update(version=2), "by version 2"),
+        (lambda c: c["quantization_config"].update(choices={}), "empty"),
+        (
+            lambda c: c["quantization_config"]["assignment"].update(x=["2"]),
+            "names x, which the model does not have",
+        ),
+    ],
+)
+def test_an_edited_configuration_is_refused(reference, tmp_path, edit, message):
+    copy, config = edited(reference[0], tmp_path)
+    edit(config)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_a_missing_tensor_is_refused_not_drawn_at_random(reference, tmp_path):
+    copy, _ = edited(reference[0], tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("codes"))
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{re.escape(name)} is missing"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def refused(capsys, *arguments):
+    assert main(list(map(str, arguments))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_a_map_of_other_weights_is_refused(reference, tmp_path, capsys):
+    _, made = reference
+    model = {**made.bitmap.model, "fingerprint": "0" * 64}
+    replace(made.bitmap, model=model).write(tmp_path / "bitmap.json")
+    out = tmp_path / "out"
+    said = refused(capsys, tmp_path / "bitmap.json", "--out", out, "--model", reference_path())
+    assert "made for weights 000000000000" in said
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_map_of_another_geometry_is_refused(reference, saved, tmp_path, capsys):
+    folder, _ = reference
+    other, _ = saved("mixtral")
+    said = refused(capsys, folder / "bitmap.json", "--out", tmp_path / "out", "--model", other)
+    assert "made for the experts of" in said
+
+
+def test_what_is_there_is_not_overwritten(reference, tmp_path, capsys):
+    folder, _ = reference
+    said = refused(capsys, folder / "bitmap.json", "--out", folder / "out")
+    assert "exists already" in said
+
+
+def test_too_little_memory_or_disk_is_refused_before_anything(
+    reference, tmp_path, capsys, monkeypatch
+):
+    folder, _ = reference
+    source = ("--model", reference_path())
+    bitmap, out = folder / "bitmap.json", tmp_path / "out"
+    said = refused(capsys, bitmap, "--out", out, *source, "--max-memory", "0.001")
+    assert "--max-memory allows 0.00" in said
+    said = refused(capsys, bitmap, "--out", out, *source, "--max-memory", "-1")
+    assert "give a positive number" in said
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    said = refused(capsys, bitmap, "--out", out, *source)
+    assert "make room" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_source_is_refused(reference, tmp_path, capsys):
+    folder, _ = reference
+    said = refused(
+        capsys,
+        folder / "bitmap.json",
+        *("--out", tmp_path / "out", "--model", folder / "out"),
+    )
+    assert "is quantized already" in said
+
+
+def test_damaged_sources_are_refused(saved, tmp_path, capsys):
+    folder, moe = saved("olmoe")
+    assignment = np.zeros(moe.spec.num_experts, int)
+    bitmap_of(moe, MENU, assignment + 1, tmp_path).write(tmp_path / "bitmap.json")
+
+    def outcome(change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy)
+        out = tmp_path / "out"
+        said = refused(capsys, tmp_path / "bitmap.json", "--out", out, "--model", copy)
+        assert not out.exists()
+        return said
+
+    def without(pattern):
+        def change(copy):
+            tensors = load_file(copy / "model.safetensors")
+            kept = {k: v for k, v in tensors.items() if not re.search(pattern, k)}
+            save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+
+        return change
+
+    def cut(copy):
+        data = (copy / "model.safetensors").read_bytes()
+        (copy / "model.safetensors").write_bytes(data[:-7])
+
+    def not_finite(copy):
+        tensors = load_file(copy / "model.safetensors")
+        name = next(name for name in tensors if "experts.3.down_proj" in name)
+        tensors[name][0, 0] = float("nan")
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+
+    assert "lacks 1 of its weights" in outcome(without(r"^model\.norm\.weight$"))
+    assert "holds 7 experts" in outcome(without(r"layers\.0.*experts\.3\."))
+    assert "no whole safetensors file" in outcome(cut)
+    assert "made for weights" in outcome(not_finite)
+    damaged = Checkpoint(str(tmp_path / "copy"))
+    with pytest.raises(InputError, match=r"expert 3 of \S+ that are not finite"):
+        damaged.expert(damaged.moe.containers[0], "down", 3)
+    assert "lacks model.safetensors" in outcome(lambda copy: (copy / "model.safetensors").unlink())

@@ -59,6 +59,9 @@ FLOORS = [
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},
+    {"experts"},
+    {"adapters"},
+    {"families"},
     {"quantization", "moe", "data", "replay", "pruning"},
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
@@ -83,6 +86,7 @@ FLOORS = [
         "additivity",
     },
     {"search", "validate", "hardware", "compare", "pretrain", "additivity", "sweep"},
+    {"models"},
 ]
 
 

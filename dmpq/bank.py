@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dmpq.experts import Experts, run_stacked
 from dmpq.formats import Menu
-from dmpq.moe import Experts, MoEModel, run_stacked
+from dmpq.moe import MoEModel
 from dmpq.pruning import renormalised
 from dmpq.quantization import QuantizedTensor, pack_codes, quantize, unpack_codes
 

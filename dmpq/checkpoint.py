@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -30,7 +30,9 @@ from transformers.core_model_loading import (
 )
 
 from dmpq.errors import InputError, first_line
-from dmpq.moe import Experts, MoEModel, checkpoint_source
+from dmpq.experts import Experts
+from dmpq.families import auto_class
+from dmpq.moe import MoEModel, checkpoint_source
 from dmpq.tensor_files import TensorFile, TensorInfo
 
 INDEX: Final = "model.safetensors.index.json"
@@ -99,7 +101,7 @@ class Checkpoint:
                     f"The checkpoint {name} is quantized already; give the one it was made from."
                 )
             with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(
+                model: Any = auto_class(config).from_config(
                     config, trust_remote_code=trust_remote_code
                 )
         except InputError:

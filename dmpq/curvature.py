@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.bank import Bank
+from dmpq.experts import Experts, run_stacked
 from dmpq.model_evaluator import ModelEvaluator
-from dmpq.moe import Experts
 from dmpq.profiling import BACKWARD_COST
 
 Floats = NDArray[np.float64]
@@ -166,7 +165,7 @@ def _signs(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def _differentiable(bank: Bank) -> Iterator[list[nn.Parameter]]:
     """Give the experts' weights gradients while the block lasts, and yield them layer by layer."""
     parameters = [p for layer in bank.layers for p in layer.experts.parameters]
-    forwards = [grouped_mm_experts_forward] * len(bank.layers)
+    forwards = [run_stacked] * len(bank.layers)
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:

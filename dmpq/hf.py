@@ -22,8 +22,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dmpq.bitmap import PROJECTIONS, LayerAssignment
 from dmpq.errors import InputError, unknown
+from dmpq.experts import Experts
+from dmpq.families import find_containers
 from dmpq.formats import Menu
-from dmpq.moe import Experts, find_containers
 from dmpq.packed import CHILD, PackedExperts, PackedLayer
 from dmpq.spec import MoELayer
 from dmpq.tensor_files import TensorFile

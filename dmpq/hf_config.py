@@ -8,8 +8,24 @@ from typing import Any, Final
 from dmpq.errors import InputError
 
 EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_KS: Final = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
+TOP_KS: Final = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+)
 EXPERT_WIDTHS: Final = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+SHARED_COUNTS: Final = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+SHARED_WIDTHS: Final = (
+    "shared_expert_intermediate_size",
+    "shared_experts_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+LATENT_WIDTHS: Final = ("moe_hidden_size", "moe_latent_size")
+UNGATED: Final = ("nemotron_h",)
 _WINDOW_UNUSED: Final = ("qwen2_moe", "qwen3_moe")
 """Families whose configs name a window that they do not use unless told so."""
 
@@ -17,13 +33,16 @@ DENSE_WIDTHS: Final = ("intermediate_size_mlp", "intermediate_size")
 
 
 def first_number(config: Mapping[str, Any], keys: Sequence[str], name: str) -> int:
-    """Return the number under the first of several keys that holds one.
+    """Return the number under the first of several keys that holds one, or starts a list of them.
+
+    Lists are of a number per layer, or of one for text and one for pictures.
 
     Raises:
         InputError: If none does, but for counts of experts: a dense model has 0.
     """
     for key in keys:
         value = config.get(key)
+        value = value[0] if isinstance(value, list) and value else value
         if isinstance(value, int) and not isinstance(value, bool):
             return value
     if keys is EXPERT_COUNTS:
@@ -31,6 +50,18 @@ def first_number(config: Mapping[str, Any], keys: Sequence[str], name: str) -> i
     raise InputError(
         f"The config of {name} gives no whole number for {' or '.join(keys)}; add one."
     )
+
+
+def layer_count(config: Mapping[str, Any], name: str) -> int:
+    """Return the number of layers, which some families give by a list of their kinds alone.
+
+    Raises:
+        InputError: If the config tells neither.
+    """
+    kinds = config.get("layers_block_type")
+    if isinstance(kinds, list):
+        return len(kinds)
+    return first_number(config, ("num_hidden_layers",), name)
 
 
 def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
@@ -52,11 +83,28 @@ def is_sparse(config: Mapping[str, Any], layer: int) -> bool:
 
 
 def shared_width(config: Mapping[str, Any], width: int) -> int:
-    """Return the summed width of the shared experts, ``width`` that of one; 0 for none."""
-    if config.get("model_type") == "llama4_text":
+    """Return the summed width of the shared experts, ``width`` that of one; 0 for none.
+
+    A dense block that runs beside the experts, as in Gemma 4, is one that all tokens share.
+    """
+    family = config.get("model_type")
+    if family in ("llama4_text", "hunyuan_v1_moe"):
         return width
-    count = config.get("n_shared_experts") or config.get("num_shared_experts") or 0
-    return int(config.get("shared_expert_intermediate_size") or count * width)
+    if family == "gemma4_text":
+        return int(config.get("intermediate_size") or 0)
+    given = next((config[key] for key in SHARED_WIDTHS if config.get(key)), None)
+    count = next((config[key] for key in SHARED_COUNTS if config.get(key)), 0)
+    return int(given or count * width)
+
+
+def expert_hidden(config: Mapping[str, Any], hidden: int) -> int:
+    """Return the width that the experts read and write: less than ``hidden`` where projected."""
+    return int(next((config[key] for key in LATENT_WIDTHS if config.get(key)), hidden))
+
+
+def gated(config: Mapping[str, Any]) -> bool:
+    """Return whether the experts have a gate beside the up projection."""
+    return config.get("model_type") not in UNGATED
 
 
 def latent_width(config: Mapping[str, Any]) -> int:

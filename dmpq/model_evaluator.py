@@ -20,6 +20,7 @@ from dmpq.bank import Bank
 from dmpq.data import Windows
 from dmpq.errors import InputError
 from dmpq.evaluation import FAILURE_NATS, Assignments, Evaluations
+from dmpq.experts import run_stacked
 from dmpq.files import JsonLines
 from dmpq.replay import Recording, Replayer
 from dmpq.spec import ModelSpec
@@ -184,13 +185,11 @@ class ModelEvaluator:
     @contextmanager
     def _own_forward(self) -> Iterator[list[torch.Tensor]]:
         """Run the model's own experts, noting which experts each layer selects."""
-        from transformers.integrations.moe import grouped_mm_experts_forward
-
         selected: list[torch.Tensor] = []
 
         def forward(module: Any, hidden: Any, index: torch.Tensor, weights: Any) -> torch.Tensor:
             selected.append(index)
-            return grouped_mm_experts_forward(module, hidden, index, weights)
+            return run_stacked(module, hidden, index, weights)
 
         with self.bank.moe.experts_forward([forward] * len(self.bank.layers)):
             yield selected

@@ -1,8 +1,4 @@
-"""One view on every MoE family that uses transformers' experts interface.
-
-The interface's decorator leaves flags on each experts module (``is_transposed``, ``has_gate``,
-``has_bias``...). They are all that is read here, so that no family needs code of its own.
-"""
+"""One view on the MoE models of every family, and how a checkpoint of one is loaded."""
 
 from __future__ import annotations
 
@@ -10,25 +6,22 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from dmpq.errors import InputError, did_you_mean, first_line
+from dmpq.experts import FORWARD, IMPLEMENTATION, Experts, run_stacked
+from dmpq.families import auto_class, find_containers, no_experts, refusal
 from dmpq.overrides import overridden
-from dmpq.spec import ModelSpec, MoELayer
+from dmpq.spec import ModelSpec
 
-IMPLEMENTATION: Final = "dmpq"
-_FLAGS: Final = frozenset({"is_transposed", "has_gate", "has_bias", "num_experts"})
-_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_FORWARDS: Final = "_dmpq_forward"
+__all__ = ["Experts", "MoEModel", "load_model", "reference_path", "run_stacked"]
+
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REASONS: Final = {
     "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
@@ -38,165 +31,34 @@ _REASONS: Final = {
 """What transformers means where it points at a report that it logs, and which is not shown."""
 
 
-@dataclass(frozen=True, eq=False)
-class Experts:
-    """All routed experts of one MoE layer.
-
-    Attributes:
-        path: Module path of the container.
-        module: The container, holding the experts' weights as 3-D parameters.
-        router: The router's weight (E, hidden), where the family keeps one in the usual place.
-    """
-
-    path: str
-    module: nn.Module
-    router: torch.Tensor | None
-
-    @property
-    def num_experts(self) -> int:
-        """Number of experts, E."""
-        return self.down.shape[0]
-
-    @property
-    def _up_name(self) -> str:
-        return "gate_up_proj" if self.module.has_gate else "up_proj"
-
-    @property
-    def gate_up(self) -> torch.Tensor:
-        """Gate and up weights, or up alone, (E, out, in)."""
-        return self.oriented(getattr(self.module, self._up_name))
-
-    @property
-    def down(self) -> torch.Tensor:
-        """Down weights, (E, out, in)."""
-        return self.oriented(self.module.down_proj)
-
-    @property
-    def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """Gate and up weights, or up alone, and down weights, as the module holds them."""
-        return getattr(self.module, self._up_name), self.module.down_proj  # type: ignore[return-value]
-
-    def geometry(self, layer: MoELayer | None = None) -> MoELayer:
-        """Return the layer's geometry, its shapes read off the weights.
-
-        Args:
-            layer: What the configuration says of it; ``None`` to leave the router's choices at 1.
-        """
-        hidden, intermediate = self.down.shape[1:]
-        known = layer or MoELayer(self.path, self.num_experts, 1, hidden, intermediate)
-        return replace(
-            known,
-            num_experts=self.num_experts,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            gated=bool(self.module.has_gate),
-        )
-
-    def oriented(self, weight: Any) -> torch.Tensor:
-        """Swap the last two dimensions where the family stores (in, out)."""
-        oriented: torch.Tensor = weight.data.mT if self.module.is_transposed else weight.data
-        return oriented
-
-    def laid_out(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return weights (..., out, in) in the family's own memory order.
-
-        Matrix products round differently on the other order, and full precision must stay the
-        model's own to the bit.
-        """
-        return weight.mT.contiguous().mT if self.module.is_transposed else weight.contiguous()
-
-    def stacked(
-        self,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        *,
-        copies: int = 1,
-        only: int | Sequence[int] | None = None,
-        gaps: bool = False,
-    ) -> SimpleNamespace:
-        """Return what the interface's forward reads, over other weights.
-
-        Args:
-            gate_up: (E * copies, out, in); the copies of an expert stand together.
-            down: (E * copies, out, in).
-            copies: Virtual experts per expert.
-            only: Index of the one expert that the weights belong to (E = 1), or of several;
-                ``None`` for all.
-            gaps: Whether the index ``E * copies`` stands for no expert: nothing is computed for
-                it, and it adds zeros. The interface means an expert on another device by it.
-        """
-        module = self.module
-        view = {
-            "num_experts": len(down),
-            self._up_name: gate_up.mT if module.is_transposed else gate_up,
-            "down_proj": down.mT if module.is_transposed else down,
-            "_apply_gate": module._apply_gate,
-            "_is_expert_parallel": gaps,
-            **{flag: getattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")},
-            "has_post_expert_norm": getattr(module, "has_post_expert_norm", False),
-        }
-        if not module.has_gate:
-            view["act_fn"] = module.act_fn
-        if module.has_bias:
-            for name in (f"{self._up_name}_bias", "down_proj_bias"):
-                bias = getattr(module, name)
-                if only is not None:
-                    bias = bias[[only] if isinstance(only, int) else list(only)]
-                view[name] = bias.repeat_interleave(copies, 0)
-        if view["has_post_expert_norm"]:
-            view["post_expert_norm"] = module.post_expert_norm
-        return SimpleNamespace(**view)
-
-
-def run_stacked(
-    view: SimpleNamespace, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Run transformers' ``grouped_mm`` experts over the weights of :meth:`Experts.stacked`.
-
-    Args:
-        view: What the forward reads in place of a module.
-        hidden: (T, H).
-        index: int64 (T, K), virtual experts.
-        weights: (T, K), routing weights.
-
-    Returns:
-        (T, H).
-    """
-    reads_as_module: Any = view
-    return grouped_mm_experts_forward(reads_as_module, hidden, index, weights)
-
-
-def _dispatch(
-    module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """Run an experts module by the function attached to it, else as the model would."""
-    forward = vars(module).get(_FORWARDS, grouped_mm_experts_forward)
-    result: torch.Tensor = forward(module, hidden, index, weights)
-    return result
-
-
-ExpertsInterface.register(IMPLEMENTATION, _dispatch)
-
-
 class MoEModel:
     """A transformers model with its experts found and its experts forward replaceable.
 
+    Attributes:
+        containers: The experts that text can reach, in the order in which a forward runs them.
+        unread: Containers that text alone never reaches, such as experts for pictures; they keep
+            the checkpoint's precision, and count as other weights.
+
     Args:
-        model: A causal language model of a family that uses the experts interface.
+        model: A language model of any supported family.
         name: What to call it in results.
         revision: Revision of a hub model, where there is one.
 
     Raises:
-        InputError: If the model has no experts, or keeps them outside the interface.
+        InputError: If the model has no experts, or is of a family that is refused.
     """
 
     def __init__(self, model: PreTrainedModel, *, name: str, revision: str | None = None) -> None:
+        refused = refusal(model.config.model_type, name)
+        if refused is not None:
+            raise refused
         self.model = model.eval().requires_grad_(False)
         self.name = name
         self.revision = revision
         self.containers = find_containers(model)
+        self.unread: tuple[Experts, ...] = ()
         if not self.containers:
-            raise _no_experts(model, name)
+            raise no_experts(model, name)
         model.set_experts_implementation(IMPLEMENTATION)
         for experts in self.containers:
             config: Any = experts.module.config
@@ -206,6 +68,30 @@ class MoEModel:
                     f"{experts.path} of {name} ignores the experts interface (it uses {used!r}); "
                     "this family is not supported."
                 )
+        if model.config.get_text_config() is not model.config and model.device.type != "meta":
+            self._leave_out_what_text_never_reaches()
+
+    def _leave_out_what_text_never_reaches(self) -> None:
+        """Run two tokens of text, and keep the containers that ran, in the order they ran in."""
+        found, order = self.containers, []
+
+        def noting(experts: Experts) -> Any:
+            def forward(*inputs: Any) -> torch.Tensor:
+                order.append(experts)
+                return run_stacked(*inputs)
+
+            return forward
+
+        ids = torch.tensor([_text_tokens(self.model.config)], device=self.model.device)
+        with torch.inference_mode(), self.experts_forward([noting(e) for e in found]):
+            self.logits(ids)
+        if len(set(order)) < len(order):
+            raise InputError(
+                f"{self.name} runs {order[0].path} more than once in a forward; such a family "
+                "(layers that share experts) is not supported."
+            )
+        self.containers = tuple(order)
+        self.unread = tuple(experts for experts in found if experts not in order)
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -232,7 +118,7 @@ class MoEModel:
     def experts_forward(self, forwards: Sequence[Any]) -> Iterator[None]:
         """Run each container by a function of the interface's signature while the block lasts."""
         modules = [experts.module for experts in self.containers]
-        with overridden(modules, _FORWARDS, forwards):
+        with overridden(modules, FORWARD, forwards):
             yield
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -242,33 +128,15 @@ class MoEModel:
         return logits
 
 
-def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
-    """Return the experts containers of a model, in the order of its layers."""
-    found = []
-    for path, module in model.named_modules():
-        if not vars(module).keys() >= _FLAGS:
-            continue
-        parent = model.get_submodule(path.rpartition(".")[0])
-        routers = (dict(parent.named_children()).get(name) for name in ("gate", "router"))
-        weights = (dict(r.named_parameters()).get("weight") for r in routers if r is not None)
-        router = next((w for w in weights if w is not None and len(w) == module.num_experts), None)
-        found.append(Experts(path, module, router))
-    return tuple(found)
-
-
-def _no_experts(model: PreTrainedModel, name: str) -> InputError:
-    config = model.config.get_text_config().to_dict()
-    family = model.config.model_type
-    if any((config.get(key) or 0) > 1 for key in _EXPERT_COUNTS):
-        return InputError(
-            f"{name} is a Mixture-of-Experts model of family {family!r}, which keeps its experts "
-            "outside transformers' experts interface, so their widths cannot be set; use a family "
-            "inside it, such as olmoe, mixtral, qwen3_moe or deepseek_v3."
-        )
-    return InputError(
-        f"{name} is a dense model (family {family!r}): it has no experts to give bits to; "
-        "use a Mixture-of-Experts model."
-    )
+def _text_tokens(config: Any) -> tuple[int, int]:
+    """Return two token ids that stand for no picture, sound, or other placeholder."""
+    special = {
+        value
+        for key, value in config.to_dict().items()
+        if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    first, second = [token for token in range(len(special) + 2) if token not in special][:2]
+    return first, second
 
 
 def reference_path() -> Path:
@@ -330,8 +198,8 @@ def load_model(
     }
     dtype: Any = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
-        AutoConfig.from_pretrained(source, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, **options)
+        loaded: Any = auto_class(config).from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)

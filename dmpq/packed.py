@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from dmpq.errors import InputError
+from dmpq.experts import Experts, run_stacked
 from dmpq.formats import Format, Menu
-from dmpq.moe import Experts, run_stacked
 from dmpq.pruning import renormalised
 from dmpq.quantization import QuantizedTensor, pack_codes, unpack_codes
 from dmpq.spec import MoELayer

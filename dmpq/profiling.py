@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
-from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.bank import LayerBank
 from dmpq.data import Draw
 from dmpq.errors import InputError
+from dmpq.experts import run_stacked
 from dmpq.model_evaluator import ModelEvaluator, expert_share
-from dmpq.moe import MoEModel, run_stacked
+from dmpq.moe import MoEModel
 from dmpq.profile import Profile, Signal
 from dmpq.pruning import pruning_error
 from dmpq.spec import ModelSpec
@@ -45,7 +45,7 @@ class _Capture:
     def __call__(self, module: Any, hidden: Any, index: Any, weights: Any) -> torch.Tensor:
         """Run the experts as the model would; the signature of the experts interface."""
         self.hidden, self.index, self.weights = hidden.detach(), index, weights.detach()
-        self.output = grouped_mm_experts_forward(module, hidden, index, weights)
+        self.output = run_stacked(module, hidden, index, weights)
         self.output.retain_grad()
         return self.output
 

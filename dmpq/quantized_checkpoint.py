@@ -22,9 +22,9 @@ from dmpq import hf
 from dmpq.bitmap import BitMap
 from dmpq.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
 from dmpq.errors import InputError
+from dmpq.experts import Experts
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Format
-from dmpq.moe import Experts
 from dmpq.packed import PackedLayer, stored_parts, tensor_name
 from dmpq.quantization import quantize
 from dmpq.tensor_files import TensorFileWriter, TensorInfo, file_bytes

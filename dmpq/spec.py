@@ -315,7 +315,7 @@ class ModelSpec:
                 f"{name} is a dense model: it has no experts to give bits to; "
                 "use a Mixture-of-Experts model."
             )
-        layers = hf_config.first_number(text, ("num_hidden_layers",), name)
+        layers = hf_config.layer_count(text, name)
         _check_layers(layers, name)
         width = hf_config.first_number(text, hf_config.EXPERT_WIDTHS, name)
         if paths is None:
@@ -327,8 +327,9 @@ class ModelSpec:
             path="experts",
             num_experts=experts,
             top_k=hf_config.first_number(text, hf_config.TOP_KS, name),
-            hidden_size=hidden,
+            hidden_size=hf_config.expert_hidden(text, hidden),
             intermediate_size=width,
+            gated=hf_config.gated(text),
             shared_intermediate_size=hf_config.shared_width(text, width),
         )
         return cls(

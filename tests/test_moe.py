@@ -59,7 +59,7 @@ def test_a_family_outside_the_interface_is_refused():
         kv_channels=8,
         num_local_experts=4,
     )
-    with pytest.raises(InputError, match="outside transformers' experts interface"):
+    with pytest.raises(InputError, match="family 'jetmoe', which is not supported: its attention"):
         MoEModel(AutoModelForCausalLM.from_config(config), name="jet")
 
 

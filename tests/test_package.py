@@ -59,6 +59,9 @@ FLOORS = [
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},
+    {"experts"},
+    {"adapters"},
+    {"families"},
     {"quantization", "moe", "data", "replay", "pruning"},
     {"bank", "checkpoint", "packed"},
     {"hf"},
@@ -85,6 +88,7 @@ FLOORS = [
         "additivity",
     },
     {"search", "validate", "apply", "hardware", "compare", "pretrain", "additivity", "sweep"},
+    {"models"},
 ]
 
 

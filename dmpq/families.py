@@ -1,0 +1,72 @@
+"""Which families can be quantized: how their experts are found, how they load, who is refused."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import transformers
+from transformers import PreTrainedModel
+
+from dmpq.errors import InputError
+from dmpq.experts import Experts, interface_containers
+from dmpq.hf_config import EXPERT_COUNTS
+
+AUTO_CLASSES: Final = (
+    "AutoModelForCausalLM",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForTokenClassification",
+)
+"""What may load a checkpoint, the first that knows its family."""
+
+REFUSED: Final = {
+    "diffusion_gemma": "it fills blocks of text in several passes and predicts no next token",
+    "doge": "its experts are rows of embeddings, with no matrices to quantize in groups",
+    "jetmoe": "its attention is a mixture of experts too, and both keep their weights in layers "
+    "of transformers' own that no other weights can be given to",
+    "longcat_flash": "its router also selects experts that have no weights and copy their input",
+    "step3p7": "its experts run by code of their own, which no other weights can be given to",
+}
+"""Families with experts that are refused, and why."""
+
+
+def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
+    """Return the containers of routed experts of a model, in the order of its modules."""
+    return tuple(interface_containers(model))
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that loads and builds models of a config.
+
+    A family with a text-only form is taken in that form; others with their vision or audio parts.
+    """
+    classes = [getattr(transformers, name) for name in AUTO_CLASSES]
+    return next((kind for kind in classes if type(config) in kind._model_mapping), classes[0])
+
+
+def refusal(model_type: str, name: str) -> InputError | None:
+    """Return why no model of a family is taken, or ``None`` where some may be."""
+    for family in (model_type, model_type.removesuffix("_text")):
+        if family in REFUSED:
+            return InputError(
+                f"{name} is a Mixture-of-Experts model of family {family!r}, which is not "
+                f"supported: {REFUSED[family]}; use another family "
+                "(python -m dmpq.models list)."
+            )
+    return None
+
+
+def no_experts(model: PreTrainedModel, name: str) -> InputError:
+    """Return the error for a model in which no experts were found."""
+    config = model.config.get_text_config().to_dict()
+    family = model.config.model_type
+    if any((config.get(key) or 0) > 1 for key in EXPERT_COUNTS):
+        return InputError(
+            f"{name} is a Mixture-of-Experts model of family {family!r}, which keeps its experts "
+            "outside transformers' experts interface, so their widths cannot be set; use a family "
+            "inside it, such as olmoe, mixtral, qwen3_moe or deepseek_v3."
+        )
+    return InputError(
+        f"{name} is a dense model (family {family!r}): it has no experts to give bits to; "
+        "use a Mixture-of-Experts model."
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -169,7 +169,8 @@ class Checkpoint:
             for side in SIDES:
                 count = experts.num_experts
                 group = self._groups[self._parameter_name(experts, side)]
-                wrong = [names for names in group.sources.values() if len(names) not in (1, count)]
+                listed = count * len(group.targets)  # one list may hold those of two containers
+                wrong = [one for one in group.sources.values() if len(one) not in (1, listed)]
                 if wrong:
                     raise InputError(
                         f"The checkpoint {self.name} holds {len(wrong[0])} experts of "
@@ -182,20 +183,46 @@ class Checkpoint:
         wanted = experts.parameters[SIDES.index(side)]
         return f"{experts.path}.{next(k for k, v in own.items() if v is wanted)}"
 
+    def keep(self, paths: Sequence[str]) -> None:
+        """Take some containers only, in this order: text does not reach all of every model.
+
+        Raises:
+            InputError: If the model has no such container.
+        """
+        known = {experts.path: experts for experts in self.moe.containers}
+        strange = next((path for path in paths if path not in known), None)
+        if strange is not None:
+            raise InputError(
+                f"{self.name} has no experts at {strange}; give the model that they belong to."
+            )
+        self.moe.containers = tuple(known[path] for path in paths)
+
     @cached_property
-    def other_tensors(self) -> dict[str, TensorInfo]:
-        """Tensors on disk that the model loads, but for the experts' weights."""
-        replaced = {
-            name
+    def _expert_groups(self) -> list[_Group]:
+        """What the kept containers' weights are made of."""
+        return [
+            self._groups[self._parameter_name(experts, side)]
             for experts in self.moe.containers
             for side in SIDES
-            for name in self._groups[self._parameter_name(experts, side)].names
-        }
+        ]
+
+    @cached_property
+    def other_tensors(self) -> dict[str, TensorInfo]:
+        """Tensors on disk that the model loads, but for those that the experts are made of."""
+        replaced = {name for group in self._expert_groups for name in group.names}
         loaded = {name for group in self._groups.values() for name in group.names}
         return {
             name: self._files[name].tensors[name]
             for name in sorted(loaded - replaced, key=dot_natural_key)
         }
+
+    @cached_property
+    def other_parameters(self) -> dict[str, TensorInfo]:
+        """Parameters that are made of the same tensors as the experts, but are none of them."""
+        own = {self._parameter_name(e, side) for e in self.moe.containers for side in SIDES}
+        made = {name for group in self._expert_groups for name in group.targets}
+        shapes = {name: tuple(self.moe.model.get_parameter(name).shape) for name in made - own}
+        return {name: TensorInfo(self.dtype, shape) for name, shape in sorted(shapes.items())}
 
     @property
     def unused(self) -> list[str]:

@@ -129,9 +129,14 @@ class DmpqHfQuantizer(HfQuantizer):
             )
         stored: dict[str, tuple[int, ...]] = {}
         for experts in containers:
+            if experts.path not in self.quantization_config.assignment:
+                continue  # experts that text does not reach are as they were
             packed = self.quantization_config.layer(experts.geometry(), experts.down.dtype)
             stored |= {name: info.shape for name, info in packed.tensors().items()}
             pack(experts, PackedExperts(packed))
+            # Some families draw an expert's weights at random from the block around it.
+            block = model.get_submodule(experts.path.rpartition(".")[0])
+            block._is_hf_initialized = True  # type: ignore[assignment]
         model.set_experts_implementation(IMPLEMENTATION)
         _ignore_guards(model)
         if checkpoint_files:
@@ -188,6 +193,12 @@ def _ignore_guards(model: PreTrainedModel) -> None:
 def _check_files(files: Sequence[str], stored: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse files that lack a packed tensor: transformers would only warn."""
     found = {name: info.shape for file in files for name, info in TensorFile(file).tensors.items()}
+    strange = next((name for name in found if f".{CHILD}." in name and name not in stored), None)
+    if strange is not None:
+        raise InputError(
+            f"The quantized checkpoint holds {strange}, of which its config.json says nothing; it "
+            "was edited: write it again with dmpq.apply."
+        )
     for name, shape in stored.items():
         if found.get(name) != shape:
             what = "is missing" if name not in found else f"is {found[name]}, not {shape}"

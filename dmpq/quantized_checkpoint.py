@@ -67,6 +67,7 @@ class QuantizedCheckpoint:
     largest_shard: int = LARGEST_SHARD
 
     def __post_init__(self) -> None:
+        self.source.keep([layer.path for layer in self.bitmap.geometry.moe_layers])
         self.bitmap.to_assignment(self.source.moe.spec)
 
     @cached_property
@@ -93,6 +94,7 @@ class QuantizedCheckpoint:
         guard = hf.guard_name(self.source.moe.containers[0])
         return {
             **self.source.other_tensors,
+            **self.source.other_parameters,
             **packed,
             guard: TensorInfo(self.source.dtype, (0,)),
         }
@@ -243,6 +245,8 @@ class QuantizedCheckpoint:
                 for piece in self.source.chunks(name):
                     home[name].write_bytes(name, piece, offset=at)
                     at += piece.numel()
+            for name in self.source.other_parameters:
+                home[name].write(name, self.source.parameter(name))
 
         units: dict[str, Callable[[], None]] = {_OTHERS: others}
         for experts, layer in self.layers:

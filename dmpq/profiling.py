@@ -20,11 +20,11 @@ from torch.nn import functional
 from dmpq.bank import LayerBank
 from dmpq.data import Draw
 from dmpq.errors import InputError
+from dmpq.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
 from dmpq.experts import run_stacked
 from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel
 from dmpq.profile import Profile, Signal
-from dmpq.pruning import pruning_error
 from dmpq.spec import ModelSpec
 
 BACKWARD_COST: Final = 2.0
@@ -57,21 +57,6 @@ class _Capture:
         assert self.output is not None
         assert self.output.grad is not None
         return self.hidden, self.index, self.weights, self.output.detach(), self.output.grad
-
-
-@dataclass
-class _Sums:
-    """Sums over tokens, (N,) or (N, B)."""
-
-    hits: NDArray[np.int64]
-    routing_weight: NDArray[np.float64]
-    contribution: NDArray[np.float64]
-    output_error: NDArray[np.float64]
-    proxy: NDArray[np.float64]
-    side_proxy: NDArray[np.float64] | None
-    nll: float = 0.0
-    predicted: int = 0
-    tokens: int = 0
 
 
 def measure_profile(
@@ -107,7 +92,7 @@ def measure_profile(
         evaluator, apart=gradient and projections, progress=progress if gradient else None
     )
     found = (
-        _estimated(evaluator, sums)
+        estimated(sums, evaluator.bank.moe.spec, len(evaluator.bank.menu))
         if gradient
         else _measured(evaluator, sums, projections=projections, progress=progress)
     )
@@ -137,7 +122,7 @@ def measure_profile(
 
 
 @dataclass(frozen=True)
-class _Signal:
+class MeasuredSignal:
     """What tells variants apart, and what it cost; N experts, B formats."""
 
     sensitivity: NDArray[np.float64]
@@ -148,8 +133,8 @@ class _Signal:
 
 
 def _measured(
-    evaluator: ModelEvaluator, sums: _Sums, *, projections: bool, progress: Progress | None
-) -> _Signal:
+    evaluator: ModelEvaluator, sums: ExpertSums, *, projections: bool, progress: Progress | None
+) -> MeasuredSignal:
     """Evaluate every variant by itself."""
     spec, formats = evaluator.bank.moe.spec, len(evaluator.bank.menu)
     counter = _Counter(progress, spec.num_experts * formats * (3 if projections else 1))
@@ -161,7 +146,7 @@ def _measured(
         apart = np.stack(sides, axis=1)
     uniform = np.arange(formats)[:, None].repeat(spec.num_experts, 1)
     uniform_kl = evaluator.evaluate(uniform).kl
-    return _Signal(
+    return MeasuredSignal(
         sensitivity=sensitivity,
         apart=apart,
         uniform_kl=uniform_kl,
@@ -170,20 +155,16 @@ def _measured(
     )
 
 
-def _estimated(evaluator: ModelEvaluator, sums: _Sums) -> _Signal:
+def estimated(sums: ExpertSums, spec: ModelSpec, formats: int) -> MeasuredSignal:
     """Take half the proxy of every variant: losses are then taken to add up."""
-    cost = gradient_cost(
-        evaluator.bank.moe.spec,
-        len(evaluator.bank.menu),
-        projections=sums.side_proxy is not None,
-    )
+    cost = gradient_cost(spec, formats, projections=sums.side_proxy is not None)
     kl = sums.proxy / sums.tokens / 2
     above = kl - kl[:, -1:]
     apart = None
     if sums.side_proxy is not None:
         sides = sums.side_proxy / sums.tokens / 2
         apart = sides - sides[:, :, -1:]
-    return _Signal(
+    return MeasuredSignal(
         sensitivity=above,
         apart=apart,
         uniform_kl=kl.sum(0),
@@ -240,7 +221,9 @@ def _sensitivities(
     return result
 
 
-def _gradient_pass(evaluator: ModelEvaluator, *, apart: bool, progress: Progress | None) -> _Sums:
+def _gradient_pass(
+    evaluator: ModelEvaluator, *, apart: bool, progress: Progress | None
+) -> ExpertSums:
     """Run the model forward and backward over the text, layer by layer collecting sums.
 
     Args:
@@ -250,14 +233,7 @@ def _gradient_pass(evaluator: ModelEvaluator, *, apart: bool, progress: Progress
     """
     bank = evaluator.bank
     experts, formats = bank.moe.spec.num_experts, len(bank.menu)
-    sums = _Sums(
-        hits=np.zeros(experts, np.int64),
-        routing_weight=np.zeros(experts),
-        contribution=np.zeros(experts),
-        output_error=np.zeros((experts, formats)),
-        proxy=np.zeros((experts, formats)),
-        side_proxy=np.zeros((experts, 2, formats)) if apart else None,
-    )
+    sums = ExpertSums.zeros(experts, formats, apart=apart)
     counter = _Counter(progress, len(evaluator.id_batches))
     embed = bank.moe.model.get_input_embeddings()
     for ids in evaluator.id_batches:
@@ -281,74 +257,23 @@ def _gradient_pass(evaluator: ModelEvaluator, *, apart: bool, progress: Progress
     return sums
 
 
-def _collect(sums: _Sums, start: int, layer: LayerBank, capture: _Capture) -> None:
+def _collect(sums: ExpertSums, start: int, layer: LayerBank, capture: _Capture) -> None:
     hidden, index, weights, output, gradient = capture.taken()
     for expert in range(layer.experts.num_experts):
         tokens, slots = torch.where(index == expert)
-        row = start + expert
-        sums.hits[row] += len(tokens)
-        if not len(tokens):
-            continue
         weight = weights[tokens, slots]
-        sums.routing_weight[row] += float(weight.double().sum())
-        slope = gradient[tokens]
-        magnitude = (slope * weight[:, None]).abs().mean(-1)
-        sums.contribution[row] += float(magnitude.double().sum())
-        full = layer.variant(expert, None)
-        exact = _one_expert(layer, expert, full, hidden[tokens], weight)
-        for fmt in range(len(layer.menu)):
-            if layer.menu.formats[fmt].is_full:
-                continue
-            up, down = layer.variant(expert, fmt)
-            if layer.menu.formats[fmt].is_pruned:
-                others = weights[tokens].sum(1) - weight
-                error = pruning_error(output[tokens], exact, weight, others)
-            else:
-                error = _one_expert(layer, expert, (up, down), hidden[tokens], weight) - exact
-            sums.output_error[row, fmt] += float(error.square().sum(dtype=torch.float64))
-            sums.proxy[row, fmt] += _damage(error, slope)
-            if sums.side_proxy is not None:
-                for side, pair in enumerate(((up, full[1]), (full[0], down))):
-                    error = _one_expert(layer, expert, pair, hidden[tokens], weight) - exact
-                    sums.side_proxy[row, side, fmt] += _damage(error, slope)
-
-
-def _damage(error: torch.Tensor, slope: torch.Tensor) -> float:
-    """Return the summed squared product of output errors and loss gradients, both (T, H)."""
-    return float((error * slope).square().sum(dtype=torch.float64))
-
-
-def _one_expert(
-    layer: LayerBank,
-    expert: int,
-    matrices: tuple[torch.Tensor, torch.Tensor],
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-) -> torch.Tensor:
-    """Return one expert's weighted output, (T, H), with such gate+up and down weights."""
-    up, down = matrices
-    view = layer.experts.stacked(up[None], down[None], only=expert)
-    index = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
-    return run_stacked(view, hidden, index, weight[:, None])
+        others = weights[tokens].sum(1) - weight
+        seen = Seen(hidden[tokens], weight, others, output[tokens], gradient[tokens])
+        sums.add(start + expert, layer, expert, seen)
 
 
 def _weight_statistics(moe: MoEModel) -> dict[str, NDArray[np.float64]]:
-    rows = []
-    for container in moe.containers:
-        for up, down in zip(container.gate_up, container.down, strict=True):
-            matrices = [up.double(), down.double()]
-            flat = torch.cat([m.flatten() for m in matrices])
-            centred = flat - flat.mean()
-            variance = centred.square().mean()
-            # An expert of zeros, pruned before it came here, has neither tails nor outliers.
-            kurtosis = centred.pow(4).mean() / variance.square() - 3 if variance > 0 else 0.0
-            outlier = max(
-                float(m.abs().max() / m.abs().mean()) if m.any() else 1.0 for m in matrices
-            )
-            row_variance = matrices[0].var(dim=1, unbiased=False).max()
-            rows.append((float(flat.norm()), float(kurtosis), outlier, float(row_variance)))
-    names = ("weight_norm", "kurtosis", "outlier_ratio", "max_row_variance")
-    return dict(zip(names, np.array(rows).T, strict=True))
+    rows = [
+        weight_statistics(up, down)
+        for container in moe.containers
+        for up, down in zip(container.gate_up, container.down, strict=True)
+    ]
+    return dict(zip(STATISTICS, np.array(rows).T, strict=True))
 
 
 def _router_norms(moe: MoEModel) -> dict[str, NDArray[np.float64]]:

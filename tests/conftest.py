@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for noisy in ("torchao", "torch.utils._pytree"):
     logging.getLogger(noisy).setLevel(logging.ERROR)
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,6 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dmpq.moe import MoEModel
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("dmpq", deadline=None)  # machines are shared
+hypothesis.settings.load_profile("dmpq")
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 64,

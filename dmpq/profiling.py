@@ -8,7 +8,7 @@ forward and backward pass, whatever the number of experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -117,7 +117,7 @@ def measure_profile(
         drawn=drawn,
         signal=signal,
         **_weight_statistics(moe),
-        **_router_norms(moe),
+        **router_norms(moe, [container.router for container in moe.containers]),
     )
 
 
@@ -276,13 +276,20 @@ def _weight_statistics(moe: MoEModel) -> dict[str, NDArray[np.float64]]:
     return dict(zip(STATISTICS, np.array(rows).T, strict=True))
 
 
-def _router_norms(moe: MoEModel) -> dict[str, NDArray[np.float64]]:
-    """Return router row norms, and their change where the checkpoint tells the initial ones."""
+def router_norms(
+    moe: MoEModel, routers: Sequence[torch.Tensor | None]
+) -> dict[str, NDArray[np.float64]]:
+    """Return router row norms, and their change where the checkpoint tells the initial ones.
+
+    Args:
+        moe: The model.
+        routers: Of its containers, (E, H) each, where they can be told.
+    """
     norms = [
-        np.full(c.num_experts, 0.0)
-        if c.router is None
-        else c.router.double().norm(dim=1).cpu().numpy()
-        for c in moe.containers
+        np.full(container.num_experts, 0.0)
+        if router is None
+        else router.double().norm(dim=1).cpu().numpy()
+        for container, router in zip(moe.containers, routers, strict=True)
     ]
     norm = np.concatenate(norms)
     initial = moe.model.config.to_dict().get("router_init_norms")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +102,16 @@ class TensorFile:
             row = info.num_bytes // info.shape[0] if info.shape else 0
             with self.path.open("rb", buffering=0) as file:
                 _read_into(file, self._start[name] + start * row, found)
+        return found
+
+    def rows(self, name: str, indices: Sequence[int]) -> torch.Tensor:
+        """Return some rows of a tensor's first dimension, in the order given."""
+        info = self.tensors[name]
+        found = torch.empty((len(indices), *info.shape[1:]), dtype=info.dtype)
+        stride = info.num_bytes // max(1, info.shape[0])
+        with self.path.open("rb", buffering=0) as file:
+            for place, index in enumerate(indices):
+                _read_into(file, self._start[name] + index * stride, found[place])
         return found
 
     def chunks(self, name: str) -> Any:

@@ -75,6 +75,8 @@ FLOORS = [
         "profiling",
         "curvature",
     },
+    {"streamed_model"},
+    {"streamed_profile"},
     {"knapsack", "launches", "local_search", "objective"},
     {"decisions", "features", "contest"},
     {"relaxation"},

@@ -1,13 +1,14 @@
 """A model larger than memory: weights are on the CPU while a module runs, experts one by one.
 
-The model stands on the meta device. Hooks put each module's own weights in place before it runs
-and take them away afterwards; experts are read inside their container's forward. Decoder layers
-are checkpointed, so that a backward pass runs each of them again and reads its weights again.
+The model stands on the meta device. Hooks put a decoder layer's weights in place before it runs
+and take them away afterwards, and so they do for every module outside the layers; experts are read
+inside their container's forward. Decoder layers are checkpointed, so that a backward pass runs
+each of them again and reads its weights again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
@@ -23,6 +24,8 @@ from dmpq.overrides import overridden
 Recorder = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """Called with a container's number, hidden (T, H), index and weights (T, K), and output (T, H)."""
 _META: Final = torch.device("meta")
+_Own = tuple[nn.Module, str, nn.Parameter]
+"""A module, and one of its parameters by name, as it stands on the meta device."""
 
 
 class StreamedModel:
@@ -93,38 +96,68 @@ class StreamedModel:
     def streaming(self, record: Recorder | None = None) -> Iterator[None]:
         """Run the model from its checkpoint while the block lasts.
 
+        An embedding inside a decoder layer gives its own type; one outside gives the computing
+        type.
+
         Args:
             record: Told what each container saw, once per forward.
         """
         containers = self.source.moe.containers
         forwards = [_StreamedExperts(self, i, c, record) for i, c in enumerate(containers)]
         layers = _decoder_layers(self.model, containers)
+        inside = {id(module) for layer in layers for module in layer.modules()}
         with ExitStack() as stack:
             for module in self.model.modules():
-                if id(module) not in self._resident and _has_own(module):
-                    for handle in self._hooked(module):
-                        stack.callback(handle.remove)
+                own = [] if id(module) in inside else self._parameters_of([module])
+                if own:
+                    stack.callback(module.register_forward_pre_hook(self._putting(own)).remove)
+                    take = module.register_forward_hook(self._taking(own), always_call=True)
+                    stack.callback(take.remove)
             stack.enter_context(self.source.moe.experts_forward(forwards))
-            runs = [_checkpointed(layer.forward) for layer in layers]
+            runs = [_checkpointed(self._with_weights(layer)) for layer in layers]
             stack.enter_context(overridden(layers, "forward", runs))
             stack.enter_context(set_checkpoint_early_stop(False))
             yield
 
-    def _hooked(self, module: nn.Module) -> Sequence[Any]:
-        own = {name: p for name, p in module._parameters.items() if p is not None}
+    def _parameters_of(self, holders: Iterable[nn.Module]) -> list[_Own]:
+        """Return what modules hold, but for the experts' containers."""
+        return [
+            (holder, name, parameter)
+            for holder in holders
+            if id(holder) not in self._resident
+            for name, parameter in holder._parameters.items()
+            if parameter is not None
+        ]
 
-        def put(module: nn.Module, _inputs: Any) -> None:
-            for name, parameter in own.items():
-                self._put(module, name, parameter)
+    def _putting(self, own: Sequence[_Own]) -> Callable[..., None]:
+        def put(*_: Any) -> None:
+            for holder, name, parameter in own:
+                self._put(holder, name, parameter)
 
+        return put
+
+    def _taking(self, own: Sequence[_Own]) -> Callable[..., Any]:
         def take(module: nn.Module, _inputs: Any, output: Any) -> Any:
-            module._parameters.update(own)
+            for holder, name, parameter in own:
+                holder._parameters[name] = parameter
             return output.to(self.dtype) if isinstance(module, nn.Embedding) else output
 
-        return (
-            module.register_forward_pre_hook(put),
-            module.register_forward_hook(take, always_call=True),
-        )
+        return take
+
+    def _with_weights(self, layer: nn.Module) -> Callable[..., Any]:
+        """Return a layer's forward that has its weights; hooks would not run in a second pass."""
+        own = self._parameters_of(layer.modules())  # some are read by modules they are not of
+        put, forward = self._putting(own), layer.forward
+
+        def run(*inputs: Any, **options: Any) -> Any:
+            put()
+            try:
+                return forward(*inputs, **options)
+            finally:
+                for holder, name, parameter in own:
+                    holder._parameters[name] = parameter
+
+        return run
 
     def expert(self, experts: Experts, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one expert's gate+up and down weights, (out, in), in the computing type."""
@@ -207,10 +240,6 @@ class _Streamed(torch.autograd.Function):
 def _canonical_names(model: nn.Module) -> dict[int, str]:
     """Return each parameter's first name: tied ones have several."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
-
-
-def _has_own(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
 
 
 def _decoder_layers(model: nn.Module, containers: Sequence[Experts]) -> list[nn.Module]:

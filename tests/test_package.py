@@ -54,12 +54,13 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 
 FLOORS = [
-    {"errors", "formats", "files", "overrides", "revision"},
+    {"errors", "quantizer", "formats", "files", "overrides", "revision"},
     {"hf_config"},
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},
     {"quantization", "moe", "data", "replay", "pruning"},
+    {"calibration"},
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
     {"knapsack", "launches", "local_search", "objective"},

@@ -1,0 +1,100 @@
+"""GPTQ: round column by column, and let the columns to come make up for each error.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+Transformers", arXiv 2210.17323, Algorithm 1 with section 3.3's lazy blocks and Cholesky form. The
+error is compensated at every width (MC-MoE's code, arXiv 2410.06270, does so above 3 bits only).
+A group's scale and zero-point are RTN's for the weights as they stand when the group is reached
+(section 4, "grouping"), all errors before them made up for. Columns go in their own order, so that
+groups stay contiguous, as every packed format has them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import torch
+
+from dmpq.errors import InputError
+from dmpq.formats import Format
+from dmpq.quantization.ranges import round_to_codes, rtn_range, stored_range
+from dmpq.quantization.tensor import QuantizedTensor
+from dmpq.quantizer import DEFAULT_DAMPING
+
+_BLOCK: Final = 128
+"""Columns whose errors are made up for among themselves before the rest is brought up to date."""
+
+
+def gptq(
+    weight: torch.Tensor, factor: torch.Tensor, fmt: Format, *, symmetric: bool
+) -> QuantizedTensor:
+    """Quantize one matrix so that its outputs change little on the inputs it is calibrated for.
+
+    Args:
+        weight: (out, in), floating point.
+        factor: float64 (in, in), of :func:`inverse_factor`.
+        fmt: Width and group size; the group is never wider than ``in``.
+        symmetric: Whether codes are symmetric around zero.
+
+    Returns:
+        The quantized matrix; zero-points are integers.
+
+    Raises:
+        InputError: If the group size does not divide ``in``.
+    """
+    columns = weight.shape[1]
+    group = fmt.group_along(columns)
+    block = math.gcd(group, _BLOCK)
+    left = weight.detach().float().clone()
+    upper = factor.to(left.device, torch.float32)
+    codes = torch.empty_like(left, dtype=torch.uint8)
+    scales, zeros = [], []
+    for start in range(0, columns, block):
+        stop = start + block
+        if start % group == 0:
+            found = rtn_range(left[:, start : start + group], fmt.bits, group, symmetric)
+            scale, zero = stored_range(*found, symmetric=symmetric)
+            scales.append(scale)
+            zeros.append(zero)
+        errors = torch.empty_like(left[:, start:stop])
+        for column in range(start, stop):
+            one = left[:, column : column + 1]
+            rounded = round_to_codes(one, scale, zero, fmt.bits)
+            back = QuantizedTensor(rounded, scale, zero, fmt).dequantize()
+            codes[:, column : column + 1] = rounded
+            error = (one - back) / upper[column, column]
+            left[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
+            errors[:, column - start : column - start + 1] = error
+        left[:, stop:] -= errors @ upper[start:stop, stop:]
+    kept = [z for z in zeros if z is not None]
+    return QuantizedTensor(
+        codes, torch.cat(scales, 1), torch.cat(kept, 1) if kept else None, fmt
+    )
+
+
+def inverse_factor(hessian: torch.Tensor, *, damping: float = DEFAULT_DAMPING) -> torch.Tensor:
+    """Return the upper Cholesky factor U of the inverse Hessian, which is ``U.T @ U``.
+
+    Args:
+        hessian: (in, in), the sum of ``x x^T`` over inputs, up to a factor.
+        damping: Share of its mean diagonal that is added to the diagonal first.
+
+    Returns:
+        float64 (in, in). Without any input, of a matrix of zeros: the identity, by which GPTQ is
+        RTN.
+
+    Raises:
+        InputError: If the Hessian is not finite.
+    """
+    h = hessian.double()
+    if not torch.isfinite(h).all():
+        raise InputError(
+            "GPTQ's Hessian holds values that are not finite: the model overflows on the "
+            "calibration text; give other text, or use the quantizer hqq."
+        )
+    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    mean = h.diagonal().mean()
+    if mean <= 0:
+        return eye
+    h = h + damping * mean * eye
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)

@@ -90,7 +90,9 @@ class LayerBank:
         dtype = experts.down.dtype
         variants: list[tuple[torch.Tensor, torch.Tensor]] = []
         formats = [menu.formats[index] for index in menu.stored]
-        quantized = iter(_quantized(experts, [f for f in formats if f.is_quantized], menu, factors))
+        quantized = iter(
+            _quantized(experts, [f for f in formats if f.is_quantized], menu, factors)
+        )
         for fmt in formats:
             if fmt.is_full:
                 self._packed.append(None)

@@ -101,7 +101,7 @@ def _add(
         for total, inputs, share in zip(sums, (up, down), shares, strict=True):
             if share:
                 exact = inputs.double()
-                total += share * (exact.mT @ (exact * weight[:, None]))
+                total.add_(exact.mT @ (exact * weight[:, None]), alpha=share)
 
 
 def activations(experts: Experts, expert: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -267,8 +267,7 @@ def balanced_windows(
             spread += (together / together.sum(1, keepdims=True)).std(1)
         best = int(np.where(left, spread, np.inf).argmin())
         left[best] = False
-        for counts, total in zip(usage, totals, strict=True):
-            total += counts[best]
+        totals = [total + counts[best] for counts, total in zip(usage, totals, strict=True)]
     return np.flatnonzero(~left)
 
 

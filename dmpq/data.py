@@ -148,6 +148,34 @@ def load_splits(
     return Splits(profile, search, selection, further, rest[spread], source, drawn)
 
 
+def redrawn(dataset: str, tokenizer: Any, draw: Draw) -> Windows:
+    """Return the windows that an earlier draw took, in their order in the text.
+
+    Args:
+        dataset: As for :func:`load_splits`.
+        tokenizer: A Hugging Face tokenizer.
+        draw: What was drawn.
+
+    Returns:
+        int64 (windows, length).
+
+    Raises:
+        InputError: If the text cannot be read, or is not the one that was drawn from.
+    """
+    pool, _, stream = _windows(_read(dataset)[0], tokenizer, draw.length)
+    if stream != draw.stream:
+        raise InputError(
+            f"The text {dataset!r} is another than the one drawn from (its tokens hash to "
+            f"{stream[:12]}..., not {draw.stream[:12]}...); give the same text and tokenizer."
+        )
+    if draw.windows and not 0 <= min(draw.windows) <= max(draw.windows) < len(pool):
+        raise InputError(
+            f"The draw from {dataset!r} names window {max(draw.windows)}, and there are "
+            f"{len(pool)}, counted from 0; draw again."
+        )
+    return pool[np.array(draw.windows, np.int64)]
+
+
 def evenly(order: NDArray[np.int64], owners: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Return windows in rounds: one of each document, one more of each that has another, and on.
 

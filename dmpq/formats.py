@@ -270,9 +270,7 @@ class Menu:
     def _row_bits(self, fmt: Format, width: int) -> int:
         return width * fmt.bits + width // fmt.group_along(width) * self.overhead_bits(fmt)
 
-    def effective_bits(
-        self, in_features: int, *, out_features: int = 1
-    ) -> NDArray[np.float64]:
+    def effective_bits(self, in_features: int, *, out_features: int = 1) -> NDArray[np.float64]:
         """Return bits per weight, all that is stored included, of each format, shape (B,).
 
         Args:

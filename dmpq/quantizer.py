@@ -105,7 +105,9 @@ class Quantizer:
                     f"there are {', '.join(_OPTIONS)}."
                 )
             if option in options:
-                raise InputError(f"The quantizer's option {option!r} is given twice; give it once.")
+                raise InputError(
+                    f"The quantizer's option {option!r} is given twice; give it once."
+                )
             options[option] = _OPTIONS[option](option, value if equals else None)
         return cls(name, **options)
 
@@ -127,8 +129,8 @@ def _is_whole(text: str) -> bool:
 def _flag(option: str, value: str | None) -> bool:
     if value is not None:
         raise InputError(
-            f"The quantizer's option {option!r} takes no value (it has {value!r}); write it alone, "
-            f"as in gptq,{option}."
+            f"The quantizer's option {option!r} takes no value and has {value!r}; write it "
+            f"alone, as in gptq,{option}."
         )
     return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +22,7 @@ from dmpq.spec import ModelSpec, load_geometry
 
 if TYPE_CHECKING:
     from dmpq.bank import Bank
-    from dmpq.data import Splits
+    from dmpq.data import Draw, Splits, Windows
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.moe import MoEModel
 
@@ -52,6 +52,31 @@ def _silent(_stage: str, _done: int, _total: int) -> None:
     """Show nothing."""
 
 
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that GPTQ is calibrated by, as a bit map tells it.
+
+    Attributes:
+        dataset: As ``--dataset``.
+        draw: Which of its windows were drawn.
+    """
+
+    dataset: str
+    draw: Draw
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a bit map's ``calibration``."""
+        return {"dataset": self.dataset, **asdict(self.draw)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CalibrationText:
+        """Return what :meth:`to_json` described, a valid bit map's."""
+        from dmpq.data import Draw
+
+        draw = Draw(data["stream"], data["length"], tuple(data["windows"]))
+        return cls(data["dataset"], draw)
+
+
 @dataclass(eq=False)
 class Session:
     """A loaded model with its text and its variants, ready to be profiled and searched.
@@ -62,11 +87,14 @@ class Session:
         config: What to do.
         journal: Where evaluations are kept; ``None`` for memory only. May be set later.
         progress: Called with a stage's name, steps done, and all steps.
+        calibration: Text that GPTQ is calibrated by, as an earlier map tells it; ``None`` for the
+            profile's text.
     """
 
     config: SearchConfig
     journal: JsonLines | None = None
     progress: Progress = _silent
+    calibration: CalibrationText | None = None
 
     @cached_property
     def menu(self) -> Menu:
@@ -192,7 +220,10 @@ class Session:
             options: Fields of the configuration, as ``profile_tokens``.
         """
         other = Session(replace(self.config, **options), self.journal, self.progress)
-        other.__dict__.update(_loaded=self._loaded, bank=self.bank)  # both are cached properties
+        # All three are cached properties.
+        other.__dict__.update(
+            _loaded=self._loaded, bank=self.bank, calibrated_by=self.calibrated_by
+        )
         return other
 
     def notes(self) -> tuple[str, ...]:
@@ -205,6 +236,8 @@ class Session:
         own: tuple[str, ...] = (estimated,) if self.config.signal == "gradient" else ()
         if own and self.menu.pruned.any():
             own = (estimated, pruned)
+        if self.menu.method.calibrated and self.bank.calibration is not None:
+            own = (*own, *self.bank.calibration.notes())
         if self.config.profile is None:
             return own
         drawn = self._saved_profile.drawn
@@ -224,9 +257,36 @@ class Session:
         return Bank(
             moe,
             self.menu,
+            calibration=self._calibration_windows(),
             memory_bytes=self.config.bank_memory_gb * GIGABYTE,
             progress=lambda done, total: self.progress("quantizing", done, total),
         )
+
+    @cached_property
+    def calibrated_by(self) -> CalibrationText | None:
+        """What GPTQ is calibrated by: the profile's text; ``None`` for other quantizers."""
+        c = self.config
+        if not self.menu.method.calibrated or self.calibration is not None:
+            return self.calibration
+        if c.profile is None:
+            return CalibrationText(c.dataset, self.splits.drawn)
+        drawn = self._saved_profile.drawn
+        if drawn is None:
+            raise InputError(
+                f"The profile {c.profile} does not say what text it was measured on, and gptq is "
+                "calibrated by that; measure it again by leaving --profile out."
+            )
+        return CalibrationText(c.dataset, drawn)
+
+    def _calibration_windows(self) -> Windows | None:
+        """Return the windows of :attr:`calibrated_by`."""
+        from dmpq.data import redrawn
+
+        text, tokenizer = self.calibrated_by, self._loaded[1]
+        if text is None:
+            return None
+        own = self.calibration is None and self.config.profile is None
+        return self.splits.profile if own else redrawn(text.dataset, tokenizer, text.draw)
 
     def evaluator(self, split: str) -> ModelEvaluator:
         """Return the evaluator on one role's text: profile, search, selection or heldout."""
@@ -348,7 +408,7 @@ class Session:
             self.problem(_empty_profile(self.moe.spec, self.menu, tokens=self.workload.tokens))
         else:
             self.problem(self._saved_profile)
-        _ = self.splits
+        _ = self.splits, self.calibrated_by
 
 
 _SIGNALS: Final = {"sensitivity": "evaluations", "gradient": "gradients"}

@@ -17,7 +17,7 @@ import torch
 
 from dmpq.errors import InputError
 from dmpq.formats import Format
-from dmpq.quantization.ranges import round_to_codes, rtn_range, stored_range
+from dmpq.quantization.ranges import rtn_range, stored_range
 from dmpq.quantization.tensor import QuantizedTensor
 from dmpq.quantizer import DEFAULT_DAMPING
 
@@ -45,31 +45,36 @@ def gptq(
     columns = weight.shape[1]
     group = fmt.group_along(columns)
     block = math.gcd(group, _BLOCK)
-    left = weight.detach().float().clone()
+    left = weight.detach().float().mT.clone(memory_format=torch.contiguous_format)
     upper = factor.to(left.device, torch.float32)
-    codes = torch.empty_like(left, dtype=torch.uint8)
-    scales, zeros = [], []
+    codes, ranges = torch.empty_like(left), []
     for start in range(0, columns, block):
         stop = start + block
         if start % group == 0:
-            found = rtn_range(left[:, start : start + group], fmt.bits, group, symmetric)
-            scale, zero = stored_range(*found, symmetric=symmetric)
-            scales.append(scale)
-            zeros.append(zero)
-        errors = torch.empty_like(left[:, start:stop])
+            window = left[start : start + group].mT
+            ranges.append(
+                stored_range(*rtn_range(window, fmt.bits, group, symmetric), symmetric=symmetric)
+            )
+            scale, zero = ranges[-1][0].float()[:, 0], _zero_of(ranges[-1][1], fmt.bits)
+        errors = torch.empty_like(left[start:stop])
         for column in range(start, stop):
-            one = left[:, column : column + 1]
-            rounded = round_to_codes(one, scale, zero, fmt.bits)
-            back = QuantizedTensor(rounded, scale, zero, fmt).dequantize()
-            codes[:, column : column + 1] = rounded
-            error = (one - back) / upper[column, column]
-            left[:, column + 1 : stop] -= error * upper[column, column + 1 : stop]
-            errors[:, column - start : column - start + 1] = error
-        left[:, stop:] -= errors @ upper[start:stop, stop:]
-    kept = [z for z in zeros if z is not None]
+            rounded = (left[column] / scale + zero).round_().clamp_(0, 2**fmt.bits - 1)
+            error = (left[column] - (rounded - zero) * scale) / upper[column, column]
+            left[column + 1 : stop] -= upper[column, column + 1 : stop, None] * error
+            codes[column], errors[column - start] = rounded, error
+        left[stop:] -= upper[start:stop, stop:].mT @ errors
+    zeros = [z for _, z in ranges if z is not None]
     return QuantizedTensor(
-        codes, torch.cat(scales, 1), torch.cat(kept, 1) if kept else None, fmt
+        codes.mT.to(torch.uint8).contiguous(),
+        torch.cat([s for s, _ in ranges], 1),
+        torch.cat(zeros, 1) if zeros else None,
+        fmt,
     )
+
+
+def _zero_of(zero: torch.Tensor | None, bits: int) -> torch.Tensor | float:
+    """Return the zero-point of one group, (out,), or the middle code where codes are symmetric."""
+    return float(2 ** (bits - 1)) if zero is None else zero.float()[:, 0]
 
 
 def inverse_factor(hessian: torch.Tensor, *, damping: float = DEFAULT_DAMPING) -> torch.Tensor:

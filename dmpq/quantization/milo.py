@@ -69,5 +69,3 @@ def _settled(residuals: list[float]) -> bool:
         return False
     now, before = (sum(part) for part in (residuals[-_WINDOW:], residuals[-_WINDOW - 1 : -1]))
     return before - now < _LEAST_GAIN * before
-
-

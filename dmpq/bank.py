@@ -266,7 +266,8 @@ class Bank:
         self.dense = moe.spec.expert_parameters * len(menu.stored) * itemsize <= memory_bytes
         self.layers: list[LayerBank] = []
         for ordinal, experts in enumerate(moe.containers):
-            factors = self.calibration and partial(self.calibration.factors, ordinal)
+            known = self.calibration
+            factors = None if known is None else partial(known.factors, ordinal)
             self.layers.append(LayerBank(experts, menu, dense=self.dense, factors=factors))
             if progress is not None:
                 progress(len(self.layers), len(moe.containers))

@@ -478,6 +478,10 @@ def _read_menu(choices: Any, quantizer: Any) -> Menu:
     _record(name=_text_value, symmetric=_boolean)("quantizer", quantizer)
     _table(_record(bits=_number, group_size=_number))("choices", choices)
     menu = Menu.parse(choices, quantizer=quantizer["name"], symmetric=quantizer["symmetric"])
+    if menu.quantizer != quantizer["name"]:
+        raise InputError(
+            f"The quantizer {quantizer['name'][:60]!r} must be written {menu.quantizer!r}."
+        )
     for key, stated in choices.items():
         meant = Format.parse(key)
         if (meant.bits, meant.group_size) != (stated["bits"], stated["group_size"]):

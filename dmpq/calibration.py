@@ -289,7 +289,8 @@ def _of_windows(
     numbers = torch.from_numpy(chosen)
 
     def of(rows: torch.Tensor) -> torch.Tensor:
-        return rows.unflatten(0, (windows, -1))[numbers.to(rows.device)].flatten(0, 1)
+        kept: torch.Tensor = rows.unflatten(0, (windows, -1))[numbers.to(rows.device)]
+        return kept.flatten(0, 1)
 
     return tuple(
         LayerInputs(layer.experts, of(layer.hidden), of(layer.index), of(layer.weights))

@@ -101,5 +101,6 @@ def inverse_factor(hessian: torch.Tensor, *, damping: float = DEFAULT_DAMPING) -
     mean = h.diagonal().mean()
     if mean <= 0:
         return eye
-    h = h + damping * mean * eye
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h + damping * mean * eye))
+    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor

@@ -66,20 +66,15 @@ class Row:
 
 def banks(texts: dict[str, Splits], tokens: int) -> Iterator[tuple[str, int, str]]:
     """Yield quantizer, group size and the name of the calibration text (or an empty one)."""
-    for quantizer in ("rtn", "hqq"):
-        yield quantizer, 128, ""
     own, *others = texts
-    few = tokens // FEW
-    for options in ("", ",affinity", f",tokens={few}", f",tokens={few},balanced"):
+    few = f",tokens={tokens // FEW}"
+    yield from (("rtn", 128, ""), ("hqq", 128, ""))
+    for options in ("", ",affinity", few, f"{few},balanced"):
         yield f"gptq{options}", 128, own
-    yield f"gptq,tokens={few},affinity,balanced", 128, own
     for other in others:
-        yield "gptq", 128, other
         yield "gptq,affinity", 128, other
-    for rank in (4, 8):
-        yield f"hqq+lr{rank}", 128, ""
-    for quantizer, text in (("rtn", ""), ("hqq", ""), ("gptq", own), ("gptq,affinity", own)):
-        yield quantizer, 32, text
+    yield from (("hqq+lr4", 128, ""), ("hqq+lr8", 128, ""))
+    yield from (("rtn", 32, ""), ("hqq", 32, ""), ("gptq,affinity", 32, own))
 
 
 def measure(

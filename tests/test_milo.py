@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from factories import make_spec
 
 from dmpq.bank import Bank
 from dmpq.errors import InputError
 from dmpq.formats import Format, Menu
+from dmpq.hw_models import Workload, load_hardware
 from dmpq.quantization import pack_codes, quantize
 
 WEIGHT = torch.randn(2, 48, 64, generator=torch.Generator().manual_seed(0)) * 0.02
@@ -88,3 +90,16 @@ def test_each_matrix_is_compensated_on_its_own():
 def test_widths_rank_by_cost_with_their_compensators():
     bits = Menu.parse("2,3,4,8,16", quantizer="rtn+lr8").stored_bits((256, 128))
     assert (np.diff(bits) > 0).all()
+
+
+@pytest.mark.parametrize("hardware", ["a100", "cpu-x86"])
+def test_predicted_memory_counts_the_factors(hardware):
+    spec = make_spec()
+    menus = [Menu.parse("4,8,16", quantizer=name) for name in ("hqq", "hqq+lr4")]
+    maps = np.random.default_rng(0).integers(0, 3, (5, spec.num_experts))
+    model = load_hardware(hardware)
+    plain, more = (model.cost(spec, menu, maps, Workload()).memory_bytes for menu in menus)
+    stored = [model.stored_bits(spec, menu).sum(1) for menu in menus]
+    extra = np.take_along_axis(stored[1] - stored[0], maps.T, axis=1).sum(0) / 8
+    assert (extra > 0).all()
+    assert np.allclose(more - plain, extra)

@@ -119,6 +119,12 @@ def activations(experts: Experts, expert: int, hidden: torch.Tensor) -> torch.Te
 class Calibration:
     """The recorded inputs of all layers, and what GPTQ takes from them.
 
+    Attributes:
+        quantizer: Whose options it follows.
+        digest: SHA-256 of the text and of these options.
+        forwarded: Tokens that the model was run on.
+        layers: The inputs of each MoE layer.
+
     Args:
         moe: The model.
         windows: int64 (windows, length), the calibration text; their order makes no difference.
@@ -157,6 +163,7 @@ class Calibration:
         if wanted < len(ordered) and not quantizer.balanced:
             drawn = np.random.default_rng(0).permutation(len(ordered))[:wanted]
             ordered = ordered[np.sort(drawn)]
+        self.forwarded = ordered.size
         layers = _record(moe, ordered, progress)
         if wanted < len(ordered):
             chosen = balanced_windows(layers, len(ordered), wanted)
@@ -200,7 +207,7 @@ class Calibration:
             for layer in self.layers
         )
         few = int((self.hits < widest).sum())
-        read = f"{self.quantizer} is calibrated on {self.tokens:,} tokens of the profile's text"
+        read = f"{self.quantizer} is calibrated on {self.tokens:,} tokens"
         if not few:
             return (read,)
         return (

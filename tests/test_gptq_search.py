@@ -74,6 +74,11 @@ def test_a_saved_profile_calibrates_as_its_own_search_did(tmp_path, session):
     assert all((a == b).all() for a, b in zip(own, other, strict=True))
 
 
+def test_the_calibration_s_forward_is_counted(session):
+    plain = Session(replace(CONFIG, quantizer="rtn"))
+    assert session.profile().cost_tokens == plain.profile().cost_tokens + 256
+
+
 def test_other_text_keeps_the_calibration(session):
     other = session.with_text(profile_tokens=512)
     assert other.bank is session.bank

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,29 @@ class Draw:
             start = window * self.length
             touched[start // length : (start + self.length - 1) // length + 1] = True
         return touched
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that GPTQ is calibrated by, as a bit map tells it.
+
+    Attributes:
+        dataset: As for :func:`load_splits`.
+        draw: Which of its windows were drawn.
+    """
+
+    dataset: str
+    draw: Draw
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a bit map's ``calibration``."""
+        return {"dataset": self.dataset, **asdict(self.draw)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CalibrationText:
+        """Return what :meth:`to_json` described, of a valid bit map."""
+        draw = Draw(data["stream"], data["length"], tuple(data["windows"]))
+        return cls(data["dataset"], draw)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,7 +22,7 @@ from dmpq.spec import ModelSpec, load_geometry
 
 if TYPE_CHECKING:
     from dmpq.bank import Bank
-    from dmpq.data import Draw, Splits, Windows
+    from dmpq.data import CalibrationText, Splits, Windows
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.moe import MoEModel
 
@@ -50,31 +50,6 @@ Progress = Callable[[str, int, int], None]
 
 def _silent(_stage: str, _done: int, _total: int) -> None:
     """Show nothing."""
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """The text that GPTQ is calibrated by, as a bit map tells it.
-
-    Attributes:
-        dataset: As ``--dataset``.
-        draw: Which of its windows were drawn.
-    """
-
-    dataset: str
-    draw: Draw
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as a bit map's ``calibration``."""
-        return {"dataset": self.dataset, **asdict(self.draw)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CalibrationText:
-        """Return what :meth:`to_json` described, a valid bit map's."""
-        from dmpq.data import Draw
-
-        draw = Draw(data["stream"], data["length"], tuple(data["windows"]))
-        return cls(data["dataset"], draw)
 
 
 @dataclass(eq=False)
@@ -233,11 +208,15 @@ class Session:
             "gradients understate what pruning (0 bits) loses, by half on the reference model; "
             "measure it (--signal sensitivity), or leave 0 out of --bits"
         )
+        calibrated = (
+            "sensitivities are measured on the text that calibrates, where a width loses less "
+            "than on other text"
+        )
         own: tuple[str, ...] = (estimated,) if self.config.signal == "gradient" else ()
         if own and self.menu.pruned.any():
             own = (estimated, pruned)
         if self.menu.method.calibrated and self.bank.calibration is not None:
-            own = (*own, *self.bank.calibration.notes())
+            own = (*own, *self.bank.calibration.notes(), calibrated)
         if self.config.profile is None:
             return own
         drawn = self._saved_profile.drawn
@@ -265,6 +244,8 @@ class Session:
     @cached_property
     def calibrated_by(self) -> CalibrationText | None:
         """What GPTQ is calibrated by: the profile's text; ``None`` for other quantizers."""
+        from dmpq.data import CalibrationText
+
         c = self.config
         if not self.menu.method.calibrated or self.calibration is not None:
             return self.calibration

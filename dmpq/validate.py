@@ -75,7 +75,8 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
     """
     import numpy as np
 
-    from dmpq.session import CalibrationText, Session, prepare
+    from dmpq.data import CalibrationText
+    from dmpq.session import Session, prepare
 
     workload, text = bitmap.workload, dict(bitmap.text)
     text |= {

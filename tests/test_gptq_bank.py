@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES
 
 from dmpq.bank import Bank
-from dmpq.calibration import Calibration, balanced_windows
+from dmpq.calibration import Calibration, activations, balanced_windows
 from dmpq.errors import InputError
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
@@ -37,8 +37,6 @@ def test_recorded_inputs_make_the_layer_s_outputs(family, tiny, token_ids):
     whole = run_stacked(
         experts.stacked(up, down, only=expert), layer.hidden, one, torch.ones(one.shape)
     )
-    from dmpq.calibration import activations
-
     by_hand = activations(experts, expert, layer.hidden) @ experts.down[expert].mT
     if experts.module.has_bias:
         by_hand = by_hand + experts.module.down_proj_bias[expert]

@@ -1,7 +1,7 @@
 """The names of quantizers: what is read, how it is written, and what is refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmpq.config import SearchConfig
@@ -20,6 +20,7 @@ CALIBRATED = st.builds(
 PLAIN = st.builds(Quantizer, name=st.sampled_from(["rtn", "hqq"]), rank=st.integers(0, 512))
 
 
+@settings(deadline=None)
 @given(CALIBRATED | PLAIN)
 def test_what_is_written_is_read(quantizer):
     assert Quantizer.parse(str(quantizer)) == quantizer

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Final
 
@@ -20,11 +20,22 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dmpq.calibration import Calibration
+from dmpq.data import Windows
+from dmpq.errors import InputError
 from dmpq.experts import Experts, run_stacked
-from dmpq.formats import Menu
+from dmpq.formats import Format, Menu
 from dmpq.moe import MoEModel
 from dmpq.pruning import renormalised
-from dmpq.quantization import QuantizedTensor, pack_codes, quantize, unpack_codes
+from dmpq.quantization import (
+    QuantizedTensor,
+    pack_codes,
+    quantize,
+    quantize_expert,
+    stacked,
+    unpack_codes,
+)
+from dmpq.quantization.quantizers import Pair
 
 DEFAULT_BANK_MEMORY: Final = 8 * 2**30
 
@@ -40,16 +51,13 @@ class _Packed:
     def of(cls, quantized: QuantizedTensor) -> _Packed:
         bits = quantized.format.bits
         packed = pack_codes(quantized.codes, bits)
-        empty = quantized.codes.new_empty(0)
-        bare = QuantizedTensor(empty, quantized.scale, quantized.zero, quantized.format)
-        return cls(bare, packed)
+        return cls(replace(quantized, codes=quantized.codes.new_empty(len(packed), 0)), packed)
 
     def expert(self, index: int, dtype: torch.dtype) -> torch.Tensor:
         """Return one expert's weights, (out, in)."""
-        bare = self.tensor
-        zero = None if bare.zero is None else bare.zero[index]
+        bare = self.tensor[index]
         codes = unpack_codes(self.codes[index], bare.format.bits)
-        return QuantizedTensor(codes, bare.scale[index], zero, bare.format).dequantize(dtype)
+        return replace(bare, codes=codes).dequantize(dtype)
 
 
 class LayerBank:
@@ -59,9 +67,18 @@ class LayerBank:
         experts: The layer's container.
         menu: Formats on offer.
         dense: Keep variants dequantized (fast), or packed and dequantized at each forward.
+        factors: Gives what calibrates an expert, by its index in the layer; ``None`` where the
+            menu's quantizer is not calibrated.
     """
 
-    def __init__(self, experts: Experts, menu: Menu, *, dense: bool) -> None:
+    def __init__(
+        self,
+        experts: Experts,
+        menu: Menu,
+        *,
+        dense: bool,
+        factors: Callable[[int], Pair] | None = None,
+    ) -> None:
         self.experts = experts
         self.menu = menu
         self.selected: torch.Tensor | None = None
@@ -73,12 +90,16 @@ class LayerBank:
         self._dense: tuple[torch.Tensor, torch.Tensor] | None = None
         dtype = experts.down.dtype
         variants: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for fmt in (menu.formats[index] for index in menu.stored):
+        formats = [menu.formats[index] for index in menu.stored]
+        quantized = iter(
+            _quantized(experts, [f for f in formats if f.is_quantized], menu, factors)
+        )
+        for fmt in formats:
             if fmt.is_full:
                 self._packed.append(None)
                 variants.append((experts.gate_up, experts.down))
                 continue
-            up, down = (quantize(w, fmt, menu) for w in (experts.gate_up, experts.down))
+            up, down = next(quantized)
             if dense:
                 variants.append((up.dequantize(dtype), down.dequantize(dtype)))
             else:
@@ -194,15 +215,40 @@ class LayerBank:
         return full[expert] if packed is None else packed[side].expert(expert, full.dtype)
 
 
+def _quantized(
+    experts: Experts,
+    formats: list[Format],
+    menu: Menu,
+    factors: Callable[[int], Pair] | None,
+) -> Iterator[tuple[QuantizedTensor, QuantizedTensor]]:
+    """Yield gate+up and down of all experts of a layer in each quantized format."""
+    weights = experts.gate_up, experts.down
+    if factors is None:
+        for fmt in formats:
+            yield quantize(weights[0], fmt, menu), quantize(weights[1], fmt, menu)
+        return
+    found: list[list[tuple[QuantizedTensor, QuantizedTensor]]] = [[] for _ in formats]
+    for expert in range(experts.num_experts):
+        own, known = (weights[0][expert], weights[1][expert]), factors(expert)
+        for place, fmt in enumerate(formats):
+            found[place].append(quantize_expert(own, (fmt, fmt), menu, factors=known))
+    for pairs in found:
+        yield stacked([up for up, _ in pairs]), stacked([down for _, down in pairs])
+
+
 class Bank:
     """All variants of all experts of a model.
 
     Args:
         moe: The model.
         menu: Formats on offer.
+        calibration: int64 (windows, length), text that calibrates GPTQ; for no other quantizer.
         memory_bytes: Variants are kept dequantized where they fit into this much memory, else
             packed.
         progress: Called with the number of layers done, and of all layers.
+
+    Raises:
+        InputError: If GPTQ has no text or too little of it, or another quantizer is given some.
     """
 
     def __init__(
@@ -210,16 +256,20 @@ class Bank:
         moe: MoEModel,
         menu: Menu,
         *,
+        calibration: Windows | None = None,
         memory_bytes: float = DEFAULT_BANK_MEMORY,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.moe = moe
         self.menu = menu
+        self.calibration = _calibration(moe, menu, calibration)
         itemsize = moe.containers[0].down.element_size()
         self.dense = moe.spec.expert_parameters * len(menu.stored) * itemsize <= memory_bytes
         self.layers: list[LayerBank] = []
-        for experts in moe.containers:
-            self.layers.append(LayerBank(experts, menu, dense=self.dense))
+        for ordinal, experts in enumerate(moe.containers):
+            known = self.calibration
+            factors = None if known is None else partial(known.factors, ordinal)
+            self.layers.append(LayerBank(experts, menu, dense=self.dense, factors=factors))
             if progress is not None:
                 progress(len(self.layers), len(moe.containers))
 
@@ -241,3 +291,15 @@ class Bank:
             stop = start + layer.experts.num_experts
             layer.choose(formats[:, start:stop])
             start = stop
+
+
+def _calibration(moe: MoEModel, menu: Menu, windows: Windows | None) -> Calibration | None:
+    if menu.method.calibrated:
+        empty = np.empty((0, 1), np.int64)
+        return Calibration(moe, empty if windows is None else windows, menu.method)
+    if windows is not None:
+        raise InputError(
+            f"The quantizer {menu.quantizer!r} is not calibrated, and calibration text is given; "
+            "leave it out, or use gptq."
+        )
+    return None

@@ -54,6 +54,9 @@ class BitMap:
         search: ``agent``, ``seed``, ``evaluations`` and ``tokens``.
         versions: Package → version.
         git_revision: Commit of this project's sources; ``None`` where unknown.
+        calibration: What GPTQ was calibrated by, and no other quantizer is: ``dataset``, and
+            the draw from it: ``stream``, ``length`` and ``windows``, as in
+            :class:`dmpq.data.Draw`. It stands in the file's ``quantizer``.
 
     Raises:
         InputError: If any part is malformed, or the parts do not fit each other.
@@ -73,6 +76,7 @@ class BitMap:
     search: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=dict)
     git_revision: str | None = None
+    calibration: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for member in fields(self):
@@ -81,6 +85,7 @@ class BitMap:
                 object.__setattr__(self, member.name, plain)
         for name, check in _SECTIONS.items():
             check(name, getattr(self, name))
+        _check_calibration(self)
         for path in _paths(self.geometry):
             if not _MODULE_PATH.fullmatch(path):
                 raise _bad("geometry", path, "module paths of names and numbers joined by dots")
@@ -122,10 +127,13 @@ class BitMap:
     def to_json(self) -> dict[str, Any]:
         """Return the map as plain JSON values, in the order in which they are written."""
         choices = {f.key: {"bits": f.bits, "group_size": f.group_size} for f in self.menu.formats}
+        quantizer = {"name": self.menu.quantizer, "symmetric": self.menu.symmetric}
+        if self.calibration is not None:
+            quantizer["calibration"] = self.calibration
         return {
             "schema": SCHEMA,
             "model": {**self.model, "geometry": self.geometry.to_json()},
-            "quantizer": {"name": self.menu.quantizer, "symmetric": self.menu.symmetric},
+            "quantizer": quantizer,
             "choices": choices,
             "assignment": {path: self.assignment[path] for path in _paths(self.geometry)},
             **{name: getattr(self, name) for name in _TAIL},
@@ -146,11 +154,18 @@ class BitMap:
         )
         model = dict(_members("model", data["model"], (*_MODEL, "geometry")))
         geometry = ModelSpec.from_json(model.pop("geometry"))
+        quantizer = data["quantizer"]
+        calibration = None
+        if isinstance(quantizer, Mapping) and "calibration" in quantizer:
+            quantizer = dict(quantizer)
+            calibration = quantizer.pop("calibration")
+            _CALIBRATION("quantizer.calibration", calibration)
         return cls(
             model=model,
             geometry=geometry,
-            menu=_read_menu(data["choices"], data["quantizer"]),
+            menu=_read_menu(data["choices"], quantizer),
             assignment=data["assignment"],
+            calibration=calibration,
             **{name: data[name] for name in _TAIL},
         )
 
@@ -345,12 +360,30 @@ def _table(
     return check
 
 
+def _list(member: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+    """Return a check for a list, not empty, all of whose members are alike."""
+
+    def check(where: str, value: Any) -> None:
+        if not isinstance(value, list) or not value:
+            raise _bad(where, value, "a list that is not empty")
+        for item in value:
+            member(f"a member of {where}", item)
+
+    return check
+
+
 _MODEL: Final[dict[str, Callable[[str, Any], None]]] = {
     "id": _text_value,
     "revision": _optional_text,
     "architecture": _text_value,
     "fingerprint": _matches(_SHA256, "64 hexadecimal digits"),
 }
+_CALIBRATION: Final = _record(
+    dataset=_text_value,
+    stream=_matches(_SHA256, "64 hexadecimal digits"),
+    length=_whole(2),
+    windows=_list(_whole(0)),
+)
 _METRICS: Final = _table(_record(value=_number, unit=_text_value))
 _TAIL_SECTIONS: Final[dict[str, Callable[[str, Any], None]]] = {
     "objective": _record(weights=_table(_not_negative), signal=_text_value),
@@ -413,6 +446,19 @@ def _check_assignment(bitmap: BitMap) -> None:
             )
 
 
+def _check_calibration(bitmap: BitMap) -> None:
+    name, calibrated = bitmap.menu.quantizer, bitmap.menu.method.calibrated
+    if calibrated != (bitmap.calibration is not None):
+        raise InputError(
+            f"The quantizer {name!r} is calibrated, and its calibration is missing; add it."
+            if calibrated
+            else f"The quantizer {name!r} is not calibrated, but a calibration is given; remove "
+            "it."
+        )
+    if calibrated:
+        _CALIBRATION("quantizer.calibration", bitmap.calibration)
+
+
 def _check_schema(data: Any) -> None:
     if not isinstance(data, Mapping) or not isinstance(data.get("schema"), str):
         raise InputError(f'It names no schema; a bit map says "schema": "{SCHEMA}".')
@@ -432,6 +478,10 @@ def _read_menu(choices: Any, quantizer: Any) -> Menu:
     _record(name=_text_value, symmetric=_boolean)("quantizer", quantizer)
     _table(_record(bits=_number, group_size=_number))("choices", choices)
     menu = Menu.parse(choices, quantizer=quantizer["name"], symmetric=quantizer["symmetric"])
+    if menu.quantizer != quantizer["name"]:
+        raise InputError(
+            f"The quantizer {quantizer['name'][:60]!r} must be written {menu.quantizer!r}."
+        )
     for key, stated in choices.items():
         meant = Format.parse(key)
         if (meant.bits, meant.group_size) != (stated["bits"], stated["group_size"]):

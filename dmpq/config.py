@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, get_args, get_type_hints
 
 from dmpq.errors import unknown
+from dmpq.quantizer import Quantizer
 
 _DEFAULT_AVG_BITS: Final = 3.0
 
@@ -38,7 +39,11 @@ class SearchConfig:
     group_sizes: str | None = _option(
         None, "weights per scale, as in 32,64,128: each width is offered with every one"
     )
-    quantizer: str = _option("hqq", "how weights are quantized", ("rtn", "hqq"))
+    quantizer: str = _option(
+        "hqq",
+        "how weights are quantized: rtn, hqq or gptq; with a low-rank compensator, as in hqq+lr8; "
+        "gptq with options, as in gptq,tokens=4096,affinity,balanced",
+    )
     symmetric: bool = _option(False, "symmetric codes, without zero-points")
     serve: str = _option(
         "expert", "what shares one format when served", ("expert", "projection", "layer")
@@ -104,6 +109,7 @@ class SearchConfig:
             choices, value = option.metadata["choices"], getattr(self, option.name)
             if choices is not None and value not in choices:
                 raise unknown(_flag(option.name), value, choices)
+        Quantizer.parse(self.quantizer)
 
     @property
     def effective_avg_bits(self) -> float | None:

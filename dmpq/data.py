@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,29 @@ class Draw:
             start = window * self.length
             touched[start // length : (start + self.length - 1) // length + 1] = True
         return touched
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """The text that GPTQ is calibrated by, as a bit map tells it.
+
+    Attributes:
+        dataset: As for :func:`load_splits`.
+        draw: Which of its windows were drawn.
+    """
+
+    dataset: str
+    draw: Draw
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a bit map's ``calibration``."""
+        return {"dataset": self.dataset, **asdict(self.draw)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CalibrationText:
+        """Return what :meth:`to_json` described, of a valid bit map."""
+        draw = Draw(data["stream"], data["length"], tuple(data["windows"]))
+        return cls(data["dataset"], draw)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +169,34 @@ def load_splits(
     spread = np.sort(evenly(np.random.default_rng(0).permutation(len(rest)), owners, wanted))
     drawn = Draw(stream, length, tuple(sorted(order[: counts[0]].tolist())))
     return Splits(profile, search, selection, further, rest[spread], source, drawn)
+
+
+def redrawn(dataset: str, tokenizer: Any, draw: Draw) -> Windows:
+    """Return the windows that an earlier draw took, in their order in the text.
+
+    Args:
+        dataset: As for :func:`load_splits`.
+        tokenizer: A Hugging Face tokenizer.
+        draw: What was drawn.
+
+    Returns:
+        int64 (windows, length).
+
+    Raises:
+        InputError: If the text cannot be read, or is not the one that was drawn from.
+    """
+    pool, _, stream = _windows(_read(dataset)[0], tokenizer, draw.length)
+    if stream != draw.stream:
+        raise InputError(
+            f"The text {dataset!r} is another than the one drawn from (its tokens hash to "
+            f"{stream[:12]}..., not {draw.stream[:12]}...); give the same text and tokenizer."
+        )
+    if draw.windows and not 0 <= min(draw.windows) <= max(draw.windows) < len(pool):
+        raise InputError(
+            f"The draw from {dataset!r} names window {max(draw.windows)}, and there are "
+            f"{len(pool)}, counted from 0; draw again."
+        )
+    return pool[np.array(draw.windows, np.int64)]
 
 
 def evenly(order: NDArray[np.int64], owners: NDArray[np.int64], count: int) -> NDArray[np.int64]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError, unknown
+from dmpq.quantizer import Quantizer
 
-QuantizerName = Literal["rtn", "hqq"]
-
-QUANTIZERS: Final[tuple[QuantizerName, ...]] = ("rtn", "hqq")
 QUANTIZED_WIDTHS: Final = (2, 3, 4, 8)
 FULL_WIDTH: Final = 16
 PRUNED_WIDTH: Final = 0
 DEFAULT_GROUP_SIZE: Final = 128
 SCALE_BITS: Final = 16
+COMPENSATOR_BITS: Final = 3
+"""Width of a compensator's factors: MiLo stores them in INT3 (arXiv 2504.02658)."""
+_COMPENSATOR_GROUP: Final = 64
 
 _KEY: Final = re.compile(r"(?P<bits>\d+)(?:g(?P<group>\d+))?")
 
@@ -103,19 +105,18 @@ class Menu:
 
     Attributes:
         formats: Formats by increasing width, then decreasing group size; no two alike.
-        quantizer: ``"rtn"`` or ``"hqq"``.
+        quantizer: The text of a :class:`~dmpq.quantizer.Quantizer`, as ``"hqq"``.
         symmetric: Whether codes are symmetric around zero, so that no zero-point is stored.
     """
 
     formats: tuple[Format, ...] = field(
         default_factory=lambda: tuple(Format(b) for b in (*QUANTIZED_WIDTHS, FULL_WIDTH))
     )
-    quantizer: QuantizerName = "hqq"
+    quantizer: str = "hqq"
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.quantizer not in QUANTIZERS:
-            raise unknown("quantizer", self.quantizer, QUANTIZERS)
+        object.__setattr__(self, "quantizer", str(self.method))
         if not self.formats:
             raise InputError("The menu of bit-widths is empty; give at least one, as in '2,4,16'.")
         ordered = tuple(sorted(set(self.formats), key=lambda f: (f.bits, -f.group_size)))
@@ -136,7 +137,7 @@ class Menu:
 
         Args:
             keys: Of the formats.
-            quantizer: ``"rtn"`` or ``"hqq"``.
+            quantizer: As :meth:`dmpq.quantizer.Quantizer.parse` reads it, for example ``"hqq"``.
             symmetric: Whether codes are symmetric around zero.
             group_sizes: Comma-separated; each quantized format is offered in groups of every one.
 
@@ -145,8 +146,7 @@ class Menu:
                 twice, if a key names a group size beside those given for all, or if pruned is
                 all that is on offer.
         """
-        if quantizer not in QUANTIZERS:
-            raise unknown("quantizer", quantizer, QUANTIZERS)
+        method = Quantizer.parse(quantizer)
         names = keys.split(",") if isinstance(keys, str) else list(keys)
         names = [name.strip() for name in names if name.strip()]
         if group_sizes is not None:
@@ -163,7 +163,7 @@ class Menu:
             quantized = [name for name in names if name not in without]
             rest = [name for name in names if name in without]
             names = [*(f"{name}g{size}" for name in quantized for size in sizes), *rest]
-        menu = cls(tuple(map(Format.parse, names)), quantizer, symmetric)
+        menu = cls(tuple(map(Format.parse, names)), str(method), symmetric)
         if not menu.stored:
             raise InputError(
                 "The menu offers pruned experts (0) alone; give a width besides, as in '0,2,4,16'."
@@ -173,6 +173,11 @@ class Menu:
     def __len__(self) -> int:
         """Return the number of formats."""
         return len(self.formats)
+
+    @cached_property
+    def method(self) -> Quantizer:
+        """The quantizer, read."""
+        return Quantizer.parse(self.quantizer)
 
     @cached_property
     def keys(self) -> tuple[str, ...]:
@@ -233,24 +238,63 @@ class Menu:
     def overhead_bits(self, fmt: Format) -> int:
         """Return the bits that one group adds: a 16-bit scale, and a zero-point if asymmetric.
 
-        RTN rounds its zero-point to an integer code; HQQ's is a 16-bit float.
+        RTN and GPTQ round their zero-points to integer codes; HQQ's are 16-bit floats.
         """
         if self.symmetric:
             return SCALE_BITS
-        return SCALE_BITS + (fmt.bits if self.quantizer == "rtn" else SCALE_BITS)
+        return SCALE_BITS + (fmt.bits if self.method.integer_zero else SCALE_BITS)
 
     def stored_bits(self, shape: Sequence[int]) -> NDArray[np.int64]:
-        """Return the bits that a matrix of ``shape`` (out, in) takes in each format, (B,)."""
+        """Return the bits that a matrix of ``shape`` (out, in) takes in each format, (B,).
+
+        Raises:
+            InputError: If a group does not divide ``in``, or the quantizer's compensator has a
+                higher rank than the matrix.
+        """
         out_features, in_features = shape
-        weights = out_features * in_features
+        factors = 0
+        if self.method.rank:
+            check_rank(self.method.rank, shape)
+            factors = sum(
+                self.method.rank * self._row_bits(compensator_format(width), width)
+                for width in shape
+            )
         stored = [
-            weights * f.bits + weights // f.group_along(in_features) * self.overhead_bits(f)
+            out_features * self._row_bits(f, in_features) + factors
             if f.is_quantized
-            else weights * f.bits
+            else out_features * in_features * f.bits
             for f in self.formats
         ]
         return np.array(stored)
 
-    def effective_bits(self, in_features: int) -> NDArray[np.float64]:
-        """Return bits per weight, scales and zero-points included, of each format, shape (B,)."""
-        return self.stored_bits((1, in_features)) / in_features
+    def _row_bits(self, fmt: Format, width: int) -> int:
+        return width * fmt.bits + width // fmt.group_along(width) * self.overhead_bits(fmt)
+
+    def effective_bits(self, in_features: int, *, out_features: int = 1) -> NDArray[np.float64]:
+        """Return bits per weight, all that is stored included, of each format, shape (B,).
+
+        Args:
+            in_features: Input width of the matrix.
+            out_features: Its output width, on which the share of a compensator depends and
+                nothing else does.
+        """
+        shape = out_features, in_features
+        return self.stored_bits(shape) / (out_features * in_features)
+
+
+def compensator_format(width: int) -> Format:
+    """Return how rows of ``width`` of a compensator's factors are stored."""
+    return Format(COMPENSATOR_BITS, math.gcd(width, _COMPENSATOR_GROUP))
+
+
+def check_rank(rank: int, shape: Sequence[int]) -> None:
+    """Refuse a compensator of a higher rank than the matrix it compensates.
+
+    Raises:
+        InputError: If ``rank`` is above the smaller dimension of ``shape``.
+    """
+    if rank > min(shape):
+        raise InputError(
+            f"A compensator of rank {rank} does not suit a matrix of {shape[0]} by {shape[1]}; "
+            f"give a rank of at most {min(shape)}."
+        )

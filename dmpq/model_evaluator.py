@@ -398,6 +398,8 @@ def _text_key(bank: Bank, windows: Windows, label: str) -> str:
     digest = hashlib.sha256(bank.moe.fingerprint.encode())
     digest.update(f"{bank.menu}{windows.shape}{torch.get_num_threads()}".encode())
     digest.update(np.ascontiguousarray(windows).tobytes())
+    if bank.calibration is not None:
+        digest.update(bank.calibration.digest.encode())
     return f"{label}:{digest.hexdigest()[:16]}"
 
 

@@ -96,7 +96,7 @@ def measure_profile(
         if gradient
         else _measured(evaluator, sums, projections=projections, progress=progress)
     )
-    moe = evaluator.bank.moe
+    moe, calibration = evaluator.bank.moe, evaluator.bank.calibration
     return Profile(
         spec=moe.spec,
         menu=evaluator.bank.menu,
@@ -104,7 +104,7 @@ def measure_profile(
         text=text,
         fingerprint=moe.fingerprint,
         full_nll=found.full_nll,
-        cost_tokens=found.cost_tokens,
+        cost_tokens=found.cost_tokens + (0 if calibration is None else calibration.forwarded),
         hits=sums.hits,
         frequency=sums.hits / sums.tokens,
         routing_weight=sums.routing_weight / sums.tokens,

@@ -88,6 +88,7 @@ def bitmap_of(
         },
         versions=versions(),
         git_revision=git_revision(),
+        calibration=None if session.calibrated_by is None else session.calibrated_by.to_json(),
     )
 
 

@@ -22,7 +22,7 @@ from dmpq.spec import ModelSpec, load_geometry
 
 if TYPE_CHECKING:
     from dmpq.bank import Bank
-    from dmpq.data import Splits
+    from dmpq.data import CalibrationText, Splits, Windows
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.moe import MoEModel
 
@@ -62,11 +62,14 @@ class Session:
         config: What to do.
         journal: Where evaluations are kept; ``None`` for memory only. May be set later.
         progress: Called with a stage's name, steps done, and all steps.
+        calibration: Text that GPTQ is calibrated by, as an earlier map tells it; ``None`` for the
+            profile's text.
     """
 
     config: SearchConfig
     journal: JsonLines | None = None
     progress: Progress = _silent
+    calibration: CalibrationText | None = None
 
     @cached_property
     def menu(self) -> Menu:
@@ -192,7 +195,10 @@ class Session:
             options: Fields of the configuration, as ``profile_tokens``.
         """
         other = Session(replace(self.config, **options), self.journal, self.progress)
-        other.__dict__.update(_loaded=self._loaded, bank=self.bank)  # both are cached properties
+        # All three are cached properties.
+        other.__dict__.update(
+            _loaded=self._loaded, bank=self.bank, calibrated_by=self.calibrated_by
+        )
         return other
 
     def notes(self) -> tuple[str, ...]:
@@ -202,9 +208,15 @@ class Session:
             "gradients understate what pruning (0 bits) loses, by half on the reference model; "
             "measure it (--signal sensitivity), or leave 0 out of --bits"
         )
+        calibrated = (
+            "sensitivities are measured on the text that calibrates, where a width loses less "
+            "than on other text"
+        )
         own: tuple[str, ...] = (estimated,) if self.config.signal == "gradient" else ()
         if own and self.menu.pruned.any():
             own = (estimated, pruned)
+        if self.menu.method.calibrated and self.bank.calibration is not None:
+            own = (*own, *self.bank.calibration.notes(), calibrated)
         if self.config.profile is None:
             return own
         drawn = self._saved_profile.drawn
@@ -224,9 +236,38 @@ class Session:
         return Bank(
             moe,
             self.menu,
+            calibration=self._calibration_windows(),
             memory_bytes=self.config.bank_memory_gb * GIGABYTE,
             progress=lambda done, total: self.progress("quantizing", done, total),
         )
+
+    @cached_property
+    def calibrated_by(self) -> CalibrationText | None:
+        """What GPTQ is calibrated by: the profile's text; ``None`` for other quantizers."""
+        from dmpq.data import CalibrationText
+
+        c = self.config
+        if not self.menu.method.calibrated or self.calibration is not None:
+            return self.calibration
+        if c.profile is None:
+            return CalibrationText(c.dataset, self.splits.drawn)
+        drawn = self._saved_profile.drawn
+        if drawn is None:
+            raise InputError(
+                f"The profile {c.profile} does not say what text it was measured on, and gptq is "
+                "calibrated by that; measure it again by leaving --profile out."
+            )
+        return CalibrationText(c.dataset, drawn)
+
+    def _calibration_windows(self) -> Windows | None:
+        """Return the windows of :attr:`calibrated_by`."""
+        from dmpq.data import redrawn
+
+        text, tokenizer = self.calibrated_by, self._loaded[1]
+        if text is None:
+            return None
+        own = self.calibration is None and self.config.profile is None
+        return self.splits.profile if own else redrawn(text.dataset, tokenizer, text.draw)
 
     def evaluator(self, split: str) -> ModelEvaluator:
         """Return the evaluator on one role's text: profile, search, selection or heldout."""
@@ -348,7 +389,7 @@ class Session:
             self.problem(_empty_profile(self.moe.spec, self.menu, tokens=self.workload.tokens))
         else:
             self.problem(self._saved_profile)
-        _ = self.splits
+        _ = self.splits, self.calibrated_by
 
 
 _SIGNALS: Final = {"sensitivity": "evaluations", "gradient": "gradients"}

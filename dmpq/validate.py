@@ -75,6 +75,7 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
     """
     import numpy as np
 
+    from dmpq.data import CalibrationText
     from dmpq.session import Session, prepare
 
     workload, text = bitmap.workload, dict(bitmap.text)
@@ -102,8 +103,10 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         tdp_w=arguments.tdp_w,
     )
     prepare(config)
+    told = bitmap.calibration
     session = Session(
-        replace(config, profile_tokens=0, search_tokens=0, selection_tokens=0, further_tokens=0)
+        replace(config, profile_tokens=0, search_tokens=0, selection_tokens=0, further_tokens=0),
+        calibration=None if told is None else CalibrationText.from_json(told),
     )
     _ = session.hardware, session.workload
     if session.moe.fingerprint != bitmap.model["fingerprint"]:

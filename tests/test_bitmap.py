@@ -108,6 +108,56 @@ def test_round_trip_of_any_map(data):
     assert again.to_assignment(spec).tolist() == chosen
 
 
+CALIBRATION = {"dataset": "embedded", "stream": "ab" * 32, "length": 128, "windows": [0, 3]}
+
+
+def test_a_calibrated_map_says_by_what(tmp_path):
+    menu = Menu.parse(MENU.keys, quantizer="gptq,affinity")
+    bitmap = make_bitmap(menu=menu, calibration=CALIBRATION)
+    quantizer = bitmap.to_json()["quantizer"]
+    assert quantizer == {"name": "gptq,affinity", "symmetric": False, "calibration": CALIBRATION}
+    bitmap.write(tmp_path / "bitmap.json")
+    assert BitMap.read(tmp_path / "bitmap.json") == bitmap
+
+
+def test_other_maps_are_written_as_before_there_was_calibration():
+    assert make_bitmap().to_json()["quantizer"] == {"name": "hqq", "symmetric": False}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "calibration", "message"),
+    [
+        ("gptq", None, "its calibration is missing"),
+        ("hqq", CALIBRATION, "is not calibrated, but a calibration is given"),
+        ("gptq", {**CALIBRATION, "windows": []}, "a list that is not empty"),
+        ("gptq", {**CALIBRATION, "windows": [-1]}, "0 or more"),
+        ("gptq", {**CALIBRATION, "windows": [True]}, "0 or more"),
+        ("gptq", {**CALIBRATION, "length": 1}, "2 or more"),
+        ("gptq", {**CALIBRATION, "stream": "../x"}, "64 hexadecimal digits"),
+        ("gptq", {**CALIBRATION, "extra": 1}, "extra"),
+        ("gptq", {"dataset": "embedded"}, "has no 'stream'"),
+        ("gptq", [1], "JSON object"),
+    ],
+)
+def test_calibrations_that_do_not_suit_are_refused(quantizer, calibration, message):
+    menu = Menu.parse(MENU.keys, quantizer=quantizer)
+    with pytest.raises(InputError, match=message):
+        make_bitmap(menu=menu, calibration=calibration)
+    data = make_bitmap().to_json()
+    data["quantizer"]["name"] = quantizer
+    if calibration is not None:
+        data["quantizer"]["calibration"] = calibration
+    with pytest.raises(InputError, match=message):
+        BitMap.from_json(data)
+
+
+def test_a_quantizer_has_one_spelling_in_a_map():
+    data = make_bitmap().to_json()
+    data["quantizer"] |= {"name": "gptq, affinity", "calibration": CALIBRATION}
+    with pytest.raises(InputError, match="must be written 'gptq,affinity'"):
+        BitMap.from_json(data)
+
+
 def test_projections_interleave():
     chosen = np.arange(12) % 4
     bitmap = make_bitmap(chosen, serve="projection")

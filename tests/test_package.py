@@ -54,7 +54,7 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 
 FLOORS = [
-    {"errors", "formats", "files", "overrides", "revision", "tensor_files"},
+    {"errors", "quantizer", "formats", "files", "overrides", "revision", "tensor_files"},
     {"hf_config"},
     {"spec"},
     {"bitmap", "embedded"},
@@ -63,6 +63,7 @@ FLOORS = [
     {"adapters"},
     {"families"},
     {"quantization", "moe", "data", "replay", "pruning"},
+    {"calibration"},
     {"bank", "checkpoint", "packed"},
     {"hf"},
     {"quantized_checkpoint", "model_card", "memory_probe"},

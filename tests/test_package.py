@@ -54,16 +54,16 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 
 FLOORS = [
-    {"errors", "formats", "files", "overrides", "revision"},
+    {"errors", "formats", "files", "overrides", "revision", "engines"},
     {"hf_config"},
     {"spec"},
     {"bitmap", "embedded"},
     {"hw_models"},
     {"quantization", "moe", "data", "replay", "pruning"},
-    {"bank"},
+    {"bank", "exporters"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
     {"knapsack", "launches", "local_search", "objective"},
-    {"decisions", "features", "contest"},
+    {"decisions", "features", "contest", "preflight"},
     {"relaxation"},
     {"projection"},
     {"limits"},
@@ -82,7 +82,7 @@ FLOORS = [
         "sweep_report",
         "additivity",
     },
-    {"search", "validate", "hardware", "compare", "pretrain", "additivity", "sweep"},
+    {"search", "validate", "hardware", "compare", "pretrain", "additivity", "sweep", "export"},
 ]
 
 

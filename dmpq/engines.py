@@ -116,17 +116,6 @@ ENGINES: Final[tuple[Engine, ...]] = (
             _widths(
                 2, 3, 4, 8, 16, because=_PRUNED, source="GPTQModel QuantizeConfig.bits, dynamic"
             ),
-            _groups(
-                16,
-                32,
-                64,
-                128,
-                256,
-                512,
-                1024,
-                because="QuantizeConfig takes these group sizes",
-                source="GPTQModel quantization/config.py, valid_group_sizes",
-            ),
         ),
     ),
     Engine("auto-round", "0.16.1", "2026-08-22", "run", (_NO_PRUNING,)),

@@ -173,7 +173,7 @@ def _write_checkpoint(bitmap: BitMap, arguments: argparse.Namespace) -> int:
 
 
 def _check(engine: Engine, bitmap: BitMap, arguments: argparse.Namespace) -> int:
-    from dmpq.preflight import Layout, broken_rules, nearest_loadable
+    from dmpq.preflight import Layout, NothingLoadable, broken_rules, nearest_loadable
     from dmpq.profile import Profile
 
     console = plain_console()
@@ -192,7 +192,13 @@ def _check(engine: Engine, bitmap: BitMap, arguments: argparse.Namespace) -> int
         if hint is not None:
             say(f"  {hint}")
     profile = None if arguments.profile is None else Profile.load(arguments.profile)
-    nearest = nearest_loadable(engine, bitmap, profile=profile, avg_bits=arguments.avg_bits)
+    try:
+        nearest = nearest_loadable(engine, bitmap, profile=profile, avg_bits=arguments.avg_bits)
+    except NothingLoadable as error:
+        if arguments.out is not None or arguments.model is not None:
+            raise
+        say(f"  {error}")
+        return 1
     layout = Layout.of(nearest)
     if broken:
         by = "the profile's sensitivities" if profile else "what the map's widths imply"

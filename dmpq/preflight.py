@@ -33,6 +33,10 @@ _FEW: Final = 3
 """Examples that a sentence names."""
 
 
+class NothingLoadable(InputError):  # noqa: N818  # an answer, where a question was asked
+    """No map within the rules and the budget."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """A map as rules see it.
@@ -223,8 +227,9 @@ def nearest_loadable(
         The map, without the measurements of the other.
 
     Raises:
-        InputError: If nothing within the rules fits the budget, or the profile is of other
-            weights or lacks every format that the engine loads.
+        NothingLoadable: If nothing within the rules fits the budget.
+        InputError: If the profile is of other weights, or lacks every format that the engine
+            loads.
     """
     if not broken_rules(engine, bitmap):
         return bitmap
@@ -241,7 +246,7 @@ def nearest_loadable(
     count = int(labels.max()) + 1
     barred = _summed(np.where(allowed, 0, 1), labels, count) > 0
     if barred.all(1).any():
-        raise InputError(
+        raise NothingLoadable(
             f"{engine.name} loads none of the formats {', '.join(menu.keys)} on the input widths "
             f"of {spec.name}; no map of these would load."
         )
@@ -251,7 +256,7 @@ def nearest_loadable(
     block_sizes[barred] = capacity + 1
     least = int(block_sizes.min(1).sum())
     if least > capacity:
-        raise InputError(
+        raise NothingLoadable(
             f"No map that {engine.name} loads has {budget:.2f} effective bits or fewer: the "
             f"narrowest has {least / spec.expert_parameters:.2f}; allow more with --avg-bits."
         )

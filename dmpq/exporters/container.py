@@ -160,7 +160,8 @@ def _integers(made: QuantizedTensor, bits: int) -> torch.Tensor:
         return codes - 2 ** (bits - 1)
     groups = made.zero.shape[-1]
     zeros = made.zero.short().repeat_interleave(codes.shape[-1] // groups, -1)
-    return codes - zeros
+    integers: torch.Tensor = codes - zeros
+    return integers
 
 
 def _scales(made: QuantizedTensor, in_features: int, group: int) -> torch.Tensor:

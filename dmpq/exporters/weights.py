@@ -37,7 +37,8 @@ def check_fits(bitmap: BitMap, moe: MoEModel) -> None:
     if bitmap.menu.quantizer not in _WITHOUT_DATA:
         raise InputError(
             f"The bit map's quantizer {bitmap.menu.quantizer!r} needs calibration text, and here "
-            "weights are made anew from the checkpoint alone; use python -m dmpq.apply, or a map of {' or '.join(_WITHOUT_DATA)}."
+            "weights are made anew from the checkpoint alone; use python -m dmpq.apply, or a map "
+            f"of {' or '.join(_WITHOUT_DATA)}."
         )
     if bitmap.menu.pruned[pairs_of(bitmap)].any():
         raise InputError(

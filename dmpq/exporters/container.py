@@ -157,7 +157,8 @@ def _integers(made: QuantizedTensor, bits: int) -> torch.Tensor:
     """Return signed integers whose products with the scales are the weights, int16 (out, in)."""
     codes = made.codes.short()
     if made.zero is None:
-        return codes - 2 ** (bits - 1)
+        centred: torch.Tensor = codes - 2 ** (bits - 1)
+        return centred
     groups = made.zero.shape[-1]
     zeros = made.zero.short().repeat_interleave(codes.shape[-1] // groups, -1)
     integers: torch.Tensor = codes - zeros

@@ -71,6 +71,7 @@ FLOORS = [
     {"envs", "session", "config"},
     {"agents"},
     {"testing", "report", "console", "guard", "run_folder", "hardware_loop", "provenance"},
+    {"engine_row"},
     {"hardware_files", "hardware_tables", "referee"},
     {"standings"},
     {

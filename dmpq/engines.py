@@ -118,12 +118,12 @@ ENGINES: Final[tuple[Engine, ...]] = (
             ),
         ),
     ),
-    Engine("auto-round", "0.16.1", "2026-08-22", "run", (_NO_PRUNING,)),
+    Engine("auto-round", "0.16.1", "2026-11-30", "run", (_NO_PRUNING,)),
     Engine("torchao", "0.18.0", "2026-11-30", "run", (_NO_PRUNING,)),
     Engine(
         "compressed-tensors",
-        "0.20.0 (as llm-compressor 0.14 writes it)",
-        "2026-08-22",
+        "0.19.0, as llm-compressor 0.14.0.1 writes it",
+        "2026-11-30",
         "run",
         (
             _NO_PRUNING,
@@ -175,7 +175,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
             _zeros(
                 "none",
                 because="quantized experts are symmetric",
-                source="vLLM compressed_tensors_moe_wna16_marlin.py; search_tools.md 14",
+                source="vLLM WNA16 MoE methods, by the project's notes of 2026-08",
             ),
             _MARLIN_GROUPS,
         ),

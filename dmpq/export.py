@@ -153,7 +153,9 @@ def _write_checkpoint(bitmap: BitMap, arguments: argparse.Namespace) -> int:
     from dmpq.exporters.dequantized import write_dequantized
     from dmpq.exporters.plan import Plan
     from dmpq.moe import load_model
+    from dmpq.session import prepare
 
+    prepare(SearchConfig(threads=arguments.threads))
     if arguments.out is None:
         raise InputError("A checkpoint is a folder, not standard output; give --out FOLDER.")
     if arguments.container is not None:

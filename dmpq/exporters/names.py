@@ -8,7 +8,7 @@ transformers saves a model, and their numbers say what came out where.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, Final
@@ -149,9 +149,3 @@ def _unknown(spec: ModelSpec, reason: str) -> InputError:
         f"How experts of family {spec.model_type!r} are named on disk is unknown ({reason}); "
         "--to dequantized writes them through transformers, whatever their names."
     )
-
-
-def alternation(values: Iterable[str]) -> str:
-    """Return a regular expression for any of some escaped words, each whole: ``(?:1|10)``."""
-    words = list(values)
-    return words[0] if len(words) == 1 else f"(?:{'|'.join(words)})"

@@ -38,7 +38,15 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-_LEFT_OUT: Final = ("agent", "policy", "evaluations", "explain", "measure_every", "tdp_w")
+_LEFT_OUT: Final = (
+    "agent",
+    "policy",
+    "evaluations",
+    "engine",
+    "explain",
+    "measure_every",
+    "tdp_w",
+)
 _NEAR: Final = 0.3
 """Standard deviation of log-importances, of maps near the knapsack's: that of PPO's samples."""
 _FINE: Final = 0.9

@@ -33,7 +33,18 @@ percent of what uniform 8 bits takes. Without a device it is that of --hw.
 _AGENTS: Final = ("ppo", "evopress", "nsga2", "greedy-true", "gemq", "fisher", "frequency")
 _CONTESTS: Final = ("bits=2.5", "bits=3")
 _LEFT_OUT: Final = (
-    *("model", "agent", "policy", "seed", "profile", "explain", "measure_every", "tdp_w", "out"),
+    *(
+        "model",
+        "agent",
+        "policy",
+        "seed",
+        "profile",
+        "engine",
+        "explain",
+        "measure_every",
+        "tdp_w",
+        "out",
+    ),
     *("avg_bits", "memory_gb", "latency_ms", "energy_j"),
 )
 _OWN_DEFAULTS: Final = {

@@ -101,6 +101,9 @@ class SearchConfig:
     tdp_w: float | None = _option(
         None, "with cuda: board power, watts, where the GPU's energy counter cannot be read"
     )
+    engine: str | None = _option(
+        None, "add a row: the nearest map that this engine loads (see python -m dmpq.export)"
+    )
     explain: bool = _option(False, "show where the time, bytes and energy of the agent's map go")
     out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
 
@@ -140,7 +143,7 @@ class SearchConfig:
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
-_NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb", "explain")
+_NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb", "explain", "engine")
 
 
 def _flag(name: str) -> str:

@@ -41,7 +41,17 @@ _EXAMPLES: Final = """examples:
 _ABOVE: Final = (0.25, 0.75, 1.25)
 _UNLIMITED: Final = 16.0
 _LEFT_OUT: Final = (
-    *("model", "revision", "agent", "policy", "profile", "explain", "measure_every", "tdp_w"),
+    *(
+        "model",
+        "revision",
+        "agent",
+        "policy",
+        "profile",
+        "engine",
+        "explain",
+        "measure_every",
+        "tdp_w",
+    ),
     *("avg_bits", "memory_gb", "latency_ms", "energy_j", "out"),
 )
 _OWN_DEFAULTS: Final = {

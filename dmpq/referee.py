@@ -60,7 +60,7 @@ KEPT: Final = "outcomes.jsonl"
 """File in a group's folder."""
 
 _NOT_SHARED: Final = frozenset(
-    {"model", "seed", "out", "threads", "bank_memory_gb", "agent", "policy", "explain"}
+    {"model", "seed", "out", "threads", "bank_memory_gb", "agent", "policy", "explain", "engine"}
 )
 """Options that rows of one folder may differ in, or that no row depends on."""
 _KEPT_FORWARDS: Final = 12

@@ -27,6 +27,7 @@ from dmpq.console import (
     refuse,
 )
 from dmpq.embedded import differs_from_card
+from dmpq.engines import engine_named
 from dmpq.errors import InputError, first_line, is_out_of_memory
 from dmpq.evaluation import FAILURE_NATS
 from dmpq.files import JsonLines, replace_atomically
@@ -140,6 +141,8 @@ def search(config: SearchConfig, console: Console) -> str:
     from dmpq.session import Session, prepare
 
     prepare(config)
+    if config.engine is not None:
+        engine_named(config.engine)
     agent = make_agent(config.agent, policy=config.policy)
     with ExitStack() as alone:
         with progress_bars(console) as show:
@@ -332,7 +335,23 @@ def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
             )
         )
         session.progress("held-out text", len(rows), total)
+    if config.engine is not None:
+        rows[-1:-1] = _engine_rows(run, config.engine, problem, result)
     return rows
+
+
+def _engine_rows(run: _Run, engine: str, problem: Problem, result: SearchResult) -> list[Row]:
+    """Return the row of the nearest map that an engine loads, and write it; or say why not."""
+    from dmpq.engine_row import engine_row
+    from dmpq.preflight import NothingLoadable
+
+    try:
+        row, nearest = engine_row(engine, run.session, problem, result.assignment)
+    except NothingLoadable as error:
+        run.console.print(f"  note      {error}")
+        return []
+    nearest.write(run.path(f"bitmap.{engine}.json"))
+    return [row]
 
 
 def _full_row(session: Session, problem: Problem, heldout: ModelEvaluator) -> Row:

@@ -54,7 +54,16 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 
 FLOORS = [
-    {"errors", "quantizer", "formats", "files", "overrides", "revision", "tensor_files"},
+    {
+        "errors",
+        "quantizer",
+        "formats",
+        "files",
+        "overrides",
+        "revision",
+        "tensor_files",
+        "engines",
+    },
     {"hf_config"},
     {"spec"},
     {"bitmap", "embedded"},
@@ -64,7 +73,7 @@ FLOORS = [
     {"families"},
     {"quantization", "moe", "data", "replay", "pruning"},
     {"calibration"},
-    {"bank", "checkpoint", "packed"},
+    {"bank", "checkpoint", "packed", "exporters"},
     {"hf"},
     {"quantized_checkpoint", "model_card", "memory_probe"},
     {
@@ -79,7 +88,7 @@ FLOORS = [
     {"streamed_model"},
     {"streamed_profile"},
     {"knapsack", "launches", "local_search", "objective"},
-    {"decisions", "features", "contest"},
+    {"decisions", "features", "contest", "preflight"},
     {"relaxation"},
     {"projection"},
     {"limits"},
@@ -87,6 +96,7 @@ FLOORS = [
     {"envs", "session", "config"},
     {"agents"},
     {"testing", "report", "console", "guard", "run_folder", "hardware_loop", "provenance"},
+    {"engine_row"},
     {"hardware_files", "hardware_tables", "referee"},
     {"standings"},
     {
@@ -98,7 +108,17 @@ FLOORS = [
         "sweep_report",
         "additivity",
     },
-    {"search", "validate", "apply", "hardware", "compare", "pretrain", "additivity", "sweep"},
+    {
+        "search",
+        "validate",
+        "apply",
+        "hardware",
+        "compare",
+        "pretrain",
+        "additivity",
+        "sweep",
+        "export",
+    },
     {"models"},
 ]
 

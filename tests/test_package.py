@@ -54,7 +54,7 @@ def test_importing_registers_environments_and_loads_no_torch(module):
 
 
 FLOORS = [
-    {"errors", "formats", "files", "overrides", "revision"},
+    {"errors", "formats", "files", "overrides", "revision", "installed"},
     {"hf_config"},
     {"spec"},
     {"bitmap", "embedded"},

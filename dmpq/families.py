@@ -8,6 +8,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+from dmpq.adapters import adapted_containers
 from dmpq.errors import InputError
 from dmpq.experts import Experts, interface_containers
 from dmpq.hf_config import EXPERT_COUNTS
@@ -24,7 +25,7 @@ AUTO_CLASSES: Final = (
 
 def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
     """Return the containers of routed experts of a model, in the order of its modules."""
-    return tuple(interface_containers(model))
+    return tuple(interface_containers(model) or adapted_containers(model))
 
 
 def auto_class(config: Any) -> Any:

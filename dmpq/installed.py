@@ -8,7 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-ADAPTED: Final[dict[str, str]] = {}
+ADAPTED: Final = {
+    "dbrx": "three matrices of all experts' rows",
+    "llama4": "inputs scaled by the router",
+    "nllb_moe": "encoder-decoder, a module per expert",
+    "switch_transformers": "encoder-decoder, a module per expert",
+}
 """Families outside the experts interface that have an adapter, and what it makes up for."""
 
 REFUSED: Final = {

@@ -31,10 +31,14 @@ def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
 def auto_class(config: Any) -> Any:
     """Return the class of transformers that loads and builds models of a config.
 
-    A family with a text-only form is taken in that form; others with their vision or audio parts.
+    The one that a checkpoint was written by, where its config names it; else a family with a
+    text-only form is taken in that form, and others with their vision or audio parts.
     """
-    classes = [getattr(transformers, name) for name in AUTO_CLASSES]
-    return next((kind for kind in classes if type(config) in kind._model_mapping), classes[0])
+    kinds = [getattr(transformers, name) for name in AUTO_CLASSES]
+    able = [kind for kind in kinds if type(config) in kind._model_mapping]
+    written_by = config.architectures or ()
+    named = (kind for kind in able if kind._model_mapping[type(config)].__name__ in written_by)
+    return next(named, able[0] if able else kinds[0])
 
 
 def refusal(model_type: str, name: str) -> InputError | None:

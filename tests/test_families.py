@@ -6,7 +6,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, TRANSPOSED, WIDTH, build_tiny
+from families import FAMILIES, TRANSPOSED, WIDTH, build_tiny, tiny_config
+from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 
 from dmpq.bank import Bank
 from dmpq.experts import run_stacked
@@ -14,7 +15,7 @@ from dmpq.families import refusal
 from dmpq.formats import Menu
 from dmpq.installed import REFUSED
 from dmpq.model_evaluator import ModelEvaluator
-from dmpq.moe import MoEModel
+from dmpq.moe import MoEModel, load_model, reference_path
 from dmpq.profiling import measure_profile
 from dmpq.quantization import quantize
 from dmpq.spec import ModelSpec
@@ -288,3 +289,18 @@ def test_refused_families_are_named_with_the_reason(family):
     error = refusal(family, "some-model")
     assert f"family {family!r}, which is not supported: {REFUSED[family]};" in str(error)
     assert refusal("olmoe", "some-model") is None
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "dbrx", "qwen3_vl_moe", "llama4"])
+def test_a_saved_model_loads_whole_and_runs_the_same(family, ids, tmp_path):
+    model = build_tiny(family)
+    if family == "llama4":  # has a text-only class, and checkpoints written by another
+        model = Llama4ForConditionalGeneration(tiny_config(family)).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(reference_path()).save_pretrained(tmp_path)
+    moe, _ = load_model(str(tmp_path))
+    assert type(moe.model) is type(model)
+    with torch.inference_mode():
+        assert torch.equal(moe.logits(ids), MoEModel(model, name=family).logits(ids))

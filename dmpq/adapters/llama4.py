@@ -13,23 +13,17 @@ import torch
 from torch import nn
 
 from dmpq.adapters.stacked import StackedExperts
-from dmpq.experts import dispatch
-
-
-class Llama4Experts(StackedExperts):
-    """Gated experts without biases, (in, out), which share their memory with the model's."""
-
-    def family_forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Run hidden (T, H) on experts (T, K) with weights (T, K), as the interface does."""
-        return dispatch(self, *inputs)
 
 
 def adapt(model: nn.Module, path: str) -> StackedExperts:
-    """Return the experts of the container at a path, and let its block call them by selection."""
+    """Return the experts of the container at a path, and let its block call them by selection.
+
+    They share their memory with the model's.
+    """
     module: Any = model.get_submodule(path)
     block: Any = model.get_submodule(path.rpartition(".")[0])
     vars(block)["forward"] = MethodType(_block_forward, block)
-    return Llama4Experts(
+    return StackedExperts(
         module.gate_up_proj.data,
         module.down_proj.data,
         act_fn=module.act_fn,

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from dmpq.experts import dispatch
+
 
 class StackedExperts(nn.Module):
     """All experts of one container as 3-D parameters, with the interface's flags.
@@ -58,8 +60,12 @@ class StackedExperts(nn.Module):
         return activated
 
     def family_forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Run by the family's own arguments; each family's class says what they are."""
-        raise NotImplementedError
+        """Run by the arguments that the model's own experts module is called with.
+
+        Here those of the interface: hidden (T, H), experts (T, K) and weights (T, K). A family
+        whose module takes others says so in a class of its own.
+        """
+        return dispatch(self, *inputs)
 
 
 def stack(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

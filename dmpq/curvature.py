@@ -134,11 +134,11 @@ def _trace(evaluator: ModelEvaluator, probes: int, seed: int) -> Floats:
     bank = evaluator.bank
     counts = [layer.experts.num_experts for layer in bank.layers]
     trace = np.zeros(sum(counts))
-    predicted = sum(ids[:, 1:].numel() for ids in evaluator.id_batches)
+    predicted = sum(_predicted(bank, ids) for ids in evaluator.id_batches)
     # Only the plain attention has a second derivative.
     with _differentiable(bank) as parameters, sdpa_kernel(SDPBackend.MATH):
         for ids in evaluator.id_batches:
-            loss = _mean_nll(bank, ids) * (ids[:, 1:].numel() / predicted)
+            loss = _mean_nll(bank, ids) * (_predicted(bank, ids) / predicted)
             gradients = torch.autograd.grad(loss, parameters, create_graph=True)
             generator = torch.Generator().manual_seed(seed)
             for _ in range(probes):
@@ -176,9 +176,14 @@ def _differentiable(bank: Bank) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(False)
 
 
+def _predicted(bank: Bank, ids: torch.Tensor) -> int:
+    return bank.moe.read(ids)[:, 1:].numel()
+
+
 def _mean_nll(bank: Bank, ids: torch.Tensor) -> torch.Tensor:
     logits = bank.moe.logits(ids)
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    targets = bank.moe.read(ids)[:, 1:]
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
 
 
 def _weighed_perturbation(bank: Bank, weights: list[tuple[torch.Tensor, ...]]) -> Floats:

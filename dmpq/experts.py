@@ -119,6 +119,7 @@ class Experts:
             "_apply_gate": module._apply_gate,
             "_is_expert_parallel": gaps,
             **{flag: getattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed")},
+            "scales_input": vars(module).get("scales_input", False),
             "has_post_expert_norm": getattr(module, "has_post_expert_norm", False),
         }
         if not module.has_gate:
@@ -139,6 +140,8 @@ def run_stacked(
 ) -> torch.Tensor:
     """Run transformers' ``grouped_mm`` experts, as the model itself does by default.
 
+    Where a family scales an expert's input, the weights scale the input in place of the output.
+
     Args:
         view: What the forward reads: an experts module, or what stands in its place.
         hidden: (T, H).
@@ -148,7 +151,12 @@ def run_stacked(
     Returns:
         (T, H).
     """
-    return grouped_mm_experts_forward(view, hidden, index, weights)
+    if not vars(view).get("scales_input"):
+        return grouped_mm_experts_forward(view, hidden, index, weights)
+    scaled = (hidden[:, None] * weights[..., None]).flatten(0, 1)
+    ones = torch.ones_like(weights).view(-1, 1)
+    apart = grouped_mm_experts_forward(view, scaled, index.reshape(-1, 1), ones)
+    return apart.view(*index.shape, -1).sum(1)
 
 
 def dispatch(

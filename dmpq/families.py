@@ -6,10 +6,13 @@ from typing import Any, Final
 
 import transformers
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+from dmpq.adapters import adapted_containers
 from dmpq.errors import InputError
 from dmpq.experts import Experts, interface_containers
 from dmpq.hf_config import EXPERT_COUNTS
+from dmpq.installed import REFUSED
 
 AUTO_CLASSES: Final = (
     "AutoModelForCausalLM",
@@ -19,41 +22,34 @@ AUTO_CLASSES: Final = (
 )
 """What may load a checkpoint, the first that knows its family."""
 
-REFUSED: Final = {
-    "diffusion_gemma": "it fills blocks of text in several passes and predicts no next token",
-    "doge": "its experts are rows of embeddings, with no matrices to quantize in groups",
-    "jetmoe": "its attention is a mixture of experts too, and both keep their weights in layers "
-    "of transformers' own that no other weights can be given to",
-    "longcat_flash": "its router also selects experts that have no weights and copy their input",
-    "step3p7": "its experts run by code of their own, which no other weights can be given to",
-}
-"""Families with experts that are refused, and why."""
-
 
 def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
     """Return the containers of routed experts of a model, in the order of its modules."""
-    return tuple(interface_containers(model))
+    return tuple(interface_containers(model) or adapted_containers(model))
 
 
 def auto_class(config: Any) -> Any:
     """Return the class of transformers that loads and builds models of a config.
 
-    A family with a text-only form is taken in that form; others with their vision or audio parts.
+    The one that a checkpoint was written by, where its config names it; else a family with a
+    text-only form is taken in that form, and others with their vision or audio parts.
     """
-    classes = [getattr(transformers, name) for name in AUTO_CLASSES]
-    return next((kind for kind in classes if type(config) in kind._model_mapping), classes[0])
+    kinds = [getattr(transformers, name) for name in AUTO_CLASSES]
+    able = [kind for kind in kinds if type(config) in kind._model_mapping]
+    written_by = config.architectures or ()
+    named = (kind for kind in able if kind._model_mapping[type(config)].__name__ in written_by)
+    return next(named, able[0] if able else kinds[0])
 
 
 def refusal(model_type: str, name: str) -> InputError | None:
     """Return why no model of a family is taken, or ``None`` where some may be."""
-    for family in (model_type, model_type.removesuffix("_text")):
-        if family in REFUSED:
-            return InputError(
-                f"{name} is a Mixture-of-Experts model of family {family!r}, which is not "
-                f"supported: {REFUSED[family]}; use another family "
-                "(python -m dmpq.models list)."
-            )
-    return None
+    family = model_type_to_module_name(model_type)
+    if family not in REFUSED:
+        return None
+    return InputError(
+        f"{name} is a Mixture-of-Experts model of family {family!r}, which is not supported: "
+        f"{REFUSED[family]}; use another family (python -m dmpq.models list)."
+    )
 
 
 def no_experts(model: PreTrainedModel, name: str) -> InputError:

@@ -25,7 +25,7 @@ SHARED_WIDTHS: Final = (
     "shared_intermediate_size",
 )
 LATENT_WIDTHS: Final = ("moe_hidden_size", "moe_latent_size")
-UNGATED: Final = ("nemotron_h",)
+UNGATED: Final = ("nemotron_h", "nllb-moe", "switch_transformers")
 _WINDOW_UNUSED: Final = ("qwen2_moe", "qwen3_moe")
 """Families whose configs name a window that they do not use unless told so."""
 
@@ -50,6 +50,73 @@ def first_number(config: Mapping[str, Any], keys: Sequence[str], name: str) -> i
     raise InputError(
         f"The config of {name} gives no whole number for {' or '.join(keys)}; add one."
     )
+
+
+def usual_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a config under the names of most families, where its family has names of its own.
+
+    The layers of an encoder stand before those of its decoder.
+    """
+    family = config.get("model_type")
+    if family == "dbrx":
+        attention, experts = config["attn_config"], config["ffn_config"]
+        return {
+            **config,
+            "hidden_size": config["d_model"],
+            "num_hidden_layers": config["n_layers"],
+            "num_attention_heads": config["n_heads"],
+            "num_key_value_heads": attention["kv_n_heads"],
+            "num_experts": experts["moe_num_experts"],
+            "num_experts_per_tok": experts["moe_top_k"],
+            "intermediate_size": experts["ffn_hidden_size"],
+        }
+    if family == "switch_transformers":
+        decoder = config.get("num_decoder_layers") or config["num_layers"]
+        return {
+            **config,
+            "hidden_size": config["d_model"],
+            "num_hidden_layers": config["num_layers"] + decoder,
+            "decoder_layers": decoder,
+            "num_attention_heads": config["num_heads"],
+            "head_dim": config["d_kv"],
+            "num_experts_per_tok": 1,
+            "intermediate_size": config["d_ff"],
+            "mlp_layer_types": [
+                *_every(config["encoder_sparse_step"], config["num_layers"], 1),
+                *_every(config["decoder_sparse_step"], decoder, 1),
+            ],
+        }
+    if family == "nllb-moe":
+        encoder, decoder = config["encoder_layers"], config["decoder_layers"]
+        return {
+            **config,
+            "hidden_size": config["d_model"],
+            "num_hidden_layers": encoder + decoder,
+            "num_attention_heads": config["encoder_attention_heads"],
+            "num_experts_per_tok": min(2, config["num_experts"]),
+            "intermediate_size": config["encoder_ffn_dim"],
+            "attention_bias": True,
+            "mlp_layer_types": [
+                *_every(config["encoder_sparse_step"], encoder, 0),
+                *_every(config["decoder_sparse_step"], decoder, 0),
+            ],
+        }
+    return config
+
+
+def _every(step: int, layers: int, first: int) -> list[str]:
+    """Return the kinds of layers of which every ``step``-th has experts.
+
+    Args:
+        step: Distance; 1 for all, 0 for none.
+        layers: How many there are.
+        first: Remainder of their numbers: 1 counts from the second, 0 from the ``step``-th.
+    """
+    offset = 0 if first else 1
+    return [
+        "sparse" if step > 0 and (step == 1 or (i + offset) % step == first) else "dense"
+        for i in range(layers)
+    ]
 
 
 def layer_count(config: Mapping[str, Any], name: str) -> int:
@@ -160,7 +227,12 @@ def attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> 
         norms += 2 * head_dim
     biased = family == "qwen2_moe" and config.get("qkv_bias", True)
     biases = query + 2 * cached if biased or config.get("attention_bias") else 0
-    return hidden * 2 * (query + cached) + biases + norms
+    whole: int = hidden * 2 * (query + cached) + biases + norms
+    if config.get("is_encoder_decoder"):
+        # A decoder's layers attend twice; a geometry has one number for all layers.
+        layers, decoder = config["num_hidden_layers"], config["decoder_layers"]
+        return int(whole + round((whole - hidden) * decoder / layers))
+    return whole
 
 
 def _latent_attention_parameters(config: Mapping[str, Any], hidden: int, heads: int) -> int:

@@ -54,6 +54,7 @@ class _Batch:
 
     Attributes:
         ids: int64 (sequences, length).
+        read: int64 (sequences, length as read), the tokens that logits follow.
         log_probabilities: fp32 (tokens, vocabulary).
         nll: Summed over the predicted tokens, nats.
         members: Per MoE layer bool (tokens, experts), whether the token selects the expert.
@@ -62,6 +63,7 @@ class _Batch:
     """
 
     ids: torch.Tensor
+    read: torch.Tensor
     log_probabilities: torch.Tensor
     nll: float
     members: tuple[torch.Tensor, ...]
@@ -167,7 +169,8 @@ class ModelEvaluator:
         prefix: _Prefix | None,
     ) -> _Batch:
         log_p = functional.log_softmax(logits.flatten(0, 1), -1)
-        taken = log_p.gather(-1, _targets(ids))
+        read = self.bank.moe.read(ids)
+        taken = log_p.gather(-1, _targets(read))
         members = tuple(
             torch.zeros(
                 len(index), layer.experts.num_experts, dtype=torch.bool, device=index.device
@@ -175,7 +178,7 @@ class ModelEvaluator:
             for index, layer in zip(selected, self.bank.layers, strict=True)
         )
         selections = sum(index.numel() for index in selected)
-        return _Batch(ids, log_p, _nll_sum(taken, ids), members, selections, prefix)
+        return _Batch(ids, read, log_p, _nll_sum(taken, read), members, selections, prefix)
 
     def _keeps(self, recording: Recording, *, copies: int = 1) -> bool:
         """Return whether recordings of all batches, of so many maps, are exact and fit."""
@@ -196,7 +199,7 @@ class ModelEvaluator:
 
     def full_nll(self) -> float:
         """Return the full-precision model's negative log-likelihood, nats per token."""
-        return sum(b.nll for b in self._batches) / sum(_predicted(b.ids) for b in self._batches)
+        return sum(b.nll for b in self._batches) / sum(_predicted(b.read) for b in self._batches)
 
     def hold(self, assignment: Assignments) -> None:
         """Let later maps resume from this one; see :meth:`dmpq.evaluation.Evaluator.hold`.
@@ -242,10 +245,12 @@ class ModelEvaluator:
             for formats in self._formats(assignments):
                 self.bank.choose(formats[None])
                 right = 0
+                predicted = 0
                 for ids in self.id_batches:
                     guessed = self.bank.moe.logits(ids)[:, :-1].argmax(-1)
-                    right += int((guessed == ids[:, 1:]).sum())
-                found.append(right / sum(map(_predicted, self.id_batches)))
+                    right += int((guessed == self.bank.moe.read(ids)[:, 1:]).sum())
+                    predicted += guessed.numel()
+                found.append(right / predicted)
         return np.array(found)
 
     def screen(self, assignments: Assignments) -> Evaluations:
@@ -427,8 +432,8 @@ def _forward_costs(spec: ModelSpec) -> tuple[list[int], list[int], int]:
     ]
     dense = spec.attention_parameters_per_layer + spec.dense_block_parameters
     layers = [dense] * spec.num_layers
-    for i, (layer, experts) in enumerate(zip(spec.moe_layers, active, strict=True)):
-        number = _layer_number(layer.path, i)
+    numbers = _layer_numbers(spec)
+    for number, layer, experts in zip(numbers, spec.moe_layers, active, strict=True):
         layers[number] = spec.attention_parameters_per_layer + layer.resident_parameters + experts
     return layers, active, sum(layers) + spec.embedding_parameters
 
@@ -445,7 +450,7 @@ def _resume_shares(spec: ModelSpec) -> list[float]:
     One more entry, 0, for a map that changes nothing.
     """
     layers, active, total = _forward_costs(spec)
-    numbers = [_layer_number(layer.path, i) for i, layer in enumerate(spec.moe_layers)]
+    numbers = _layer_numbers(spec)
     skipped = [
         sum(layers[: number + 1]) - experts
         for number, experts in zip(numbers, active, strict=True)
@@ -453,9 +458,18 @@ def _resume_shares(spec: ModelSpec) -> list[float]:
     return [1 - before / total for before in skipped] + [0.0]
 
 
-def _layer_number(path: str, ordinal: int) -> int:
-    match = _LAYER_NUMBER.search(path)
-    return int(match[1]) if match else ordinal
+def _layer_numbers(spec: ModelSpec) -> list[int]:
+    """Return the number of each MoE layer among all; a decoder's count from its encoder's last."""
+    numbers: list[int] = []
+    start = 0
+    for ordinal, layer in enumerate(spec.moe_layers):
+        match = _LAYER_NUMBER.search(layer.path)
+        number = start + int(match[1]) if match else ordinal
+        if numbers and number <= numbers[-1]:
+            start = numbers[-1] + 1 - number + start
+            number = numbers[-1] + 1
+        numbers.append(number)
+    return numbers
 
 
 def _predicted(ids: torch.Tensor) -> int:
@@ -487,19 +501,19 @@ def _compare(logits: torch.Tensor, batch: _Batch) -> tuple[float, float]:
     rows = max(
         1, _CHUNK_ELEMENTS.get(flat.device.type, _CHUNK_ELEMENTS_ELSEWHERE) // flat.shape[1]
     )
-    chunks = (x.split(rows) for x in (flat, batch.log_probabilities, _targets(batch.ids)))
+    chunks = (x.split(rows) for x in (flat, batch.log_probabilities, _targets(batch.read)))
     kl, taken = [], []
     for chunk, log_p, targets in zip(*chunks, strict=True):
         log_q = functional.log_softmax(chunk, -1)
         taken.append(log_q.gather(-1, targets))
         difference = torch.sub(log_p, log_q, out=log_q)
         kl.append(difference.mul_(log_p.exp()).sum(-1, dtype=torch.float64))
-    return float(torch.cat(kl).sum()), _nll_sum(torch.cat(taken), batch.ids)
+    return float(torch.cat(kl).sum()), _nll_sum(torch.cat(taken), batch.read)
 
 
 def _per_token(totals: NDArray[np.float64], batches: list[_Batch]) -> NDArray[np.float64]:
-    tokens = sum(b.ids.numel() for b in batches)
-    predicted = sum(_predicted(b.ids) for b in batches)
+    tokens = sum(b.read.numel() for b in batches)
+    predicted = sum(_predicted(b.read) for b in batches)
     selections = sum(b.selections for b in batches)
     means: NDArray[np.float64] = totals / np.array([tokens, predicted, selections])
     return means

@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from dmpq.adapters.stacked import StackedExperts
 from dmpq.errors import InputError, did_you_mean, first_line
 from dmpq.experts import FORWARD, IMPLEMENTATION, Experts, run_stacked
 from dmpq.families import auto_class, find_containers, no_experts, refusal
@@ -61,6 +62,8 @@ class MoEModel:
             raise no_experts(model, name)
         model.set_experts_implementation(IMPLEMENTATION)
         for experts in self.containers:
+            if isinstance(experts.module, StackedExperts):
+                continue  # runs by what is attached to it, whatever the config says
             config: Any = experts.module.config
             used = config._experts_implementation
             if used != IMPLEMENTATION:
@@ -121,9 +124,43 @@ class MoEModel:
         with overridden(modules, FORWARD, forwards):
             yield
 
+    def read(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that logits follow: each position's predict the next one's token.
+
+        Of an encoder-decoder, the encoder reads the first half of a window, and the decoder its
+        start token and the second half; of all others the window itself.
+
+        Args:
+            token_ids: int64 (sequences, length), windows of text.
+
+        Returns:
+            int64 (sequences, length), or (sequences, 1 + half the length).
+        """
+        if not self.model.config.is_encoder_decoder:
+            return token_ids
+        second = token_ids[:, token_ids.shape[1] // 2 :]
+        return torch.cat([torch.full_like(second[:, :1], self._decoder_start), second], 1)
+
+    @cached_property
+    def _decoder_start(self) -> int:
+        config = self.model.config.to_dict()
+        keys = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
+        return next((config[key] for key in keys if config.get(key) is not None), 0)
+
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return next-token logits, fp32 (sequences, length, vocabulary)."""
-        output = self.model(input_ids=token_ids, use_cache=False)
+        """Return next-token logits, fp32, of the tokens that :meth:`read` returns.
+
+        Args:
+            token_ids: int64 (sequences, length), windows of text.
+
+        Returns:
+            (sequences, length as read, vocabulary).
+        """
+        inputs = {"input_ids": token_ids}
+        if self.model.config.is_encoder_decoder:
+            inputs["input_ids"] = token_ids[:, : token_ids.shape[1] // 2]
+            inputs["decoder_input_ids"] = self.read(token_ids)
+        output = self.model(**inputs, use_cache=False)
         logits: torch.Tensor = output.logits.float()
         return logits
 

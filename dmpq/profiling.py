@@ -8,13 +8,15 @@ forward and backward pass, whatever the number of experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional
 
 from dmpq.bank import LayerBank
@@ -235,19 +237,22 @@ def _gradient_pass(
     experts, formats = bank.moe.spec.num_experts, len(bank.menu)
     sums = ExpertSums.zeros(experts, formats, apart=apart)
     counter = _Counter(progress, len(evaluator.id_batches))
-    embed = bank.moe.model.get_input_embeddings()
     for ids in evaluator.id_batches:
         captures = [_Capture() for _ in bank.layers]
-        with torch.enable_grad(), bank.moe.experts_forward(captures):
-            inputs = embed(ids).detach().requires_grad_()
-            logits = bank.moe.model(inputs_embeds=inputs, use_cache=False).logits.float()
+        targets = bank.moe.read(ids)[:, 1:]
+        with (
+            torch.enable_grad(),
+            embeddings_require_gradients(bank.moe),
+            bank.moe.experts_forward(captures),
+        ):
+            logits = bank.moe.logits(ids)
             loss = functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+                logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum"
             )
             torch.autograd.backward(loss)
         sums.tokens += ids.numel()
         sums.nll += float(loss.detach())
-        sums.predicted += ids[:, 1:].numel()
+        sums.predicted += targets.numel()
         start = 0
         for layer, capture in zip(bank.layers, captures, strict=True):
             with torch.inference_mode():
@@ -257,10 +262,31 @@ def _gradient_pass(
     return sums
 
 
+@contextmanager
+def embeddings_require_gradients(moe: MoEModel) -> Iterator[None]:
+    """Let gradients reach every layer while the block lasts, though no weight asks for any."""
+    weight = moe.model.get_input_embeddings().weight
+    tables = [
+        module
+        for module in moe.model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is weight
+    ]
+    handles = [
+        table.register_forward_hook(lambda _module, _ids, output: output.detach().requires_grad_())
+        for table in tables
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _collect(sums: ExpertSums, start: int, layer: LayerBank, capture: _Capture) -> None:
     hidden, index, weights, output, gradient = capture.taken()
     for expert in range(layer.experts.num_experts):
-        tokens, slots = torch.where(index == expert)
+        # A weight of 0 stands for a token that was dropped or skips its experts.
+        tokens, slots = torch.where((index == expert) & (weights != 0))
         weight = weights[tokens, slots]
         others = weights[tokens].sum(1) - weight
         seen = Seen(hidden[tokens], weight, others, output[tokens], gradient[tokens])

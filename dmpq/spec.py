@@ -308,7 +308,7 @@ class ModelSpec:
             InputError: If the config has no experts, or a width is missing.
         """
         text = config.get("text_config")
-        text = text if isinstance(text, Mapping) else config
+        text = hf_config.usual_names(text if isinstance(text, Mapping) else config)
         experts = hf_config.first_number(text, hf_config.EXPERT_COUNTS, name)
         if experts < 2:
             raise InputError(

@@ -25,7 +25,7 @@ from dmpq.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
 from dmpq.experts import Experts
 from dmpq.formats import Menu
 from dmpq.profile import Profile
-from dmpq.profiling import estimated, router_norms
+from dmpq.profiling import embeddings_require_gradients, estimated, router_norms
 from dmpq.quantization import quantize
 from dmpq.streamed_model import StreamedModel
 from dmpq.tensor_files import TensorFile, TensorFileWriter, TensorInfo
@@ -181,33 +181,29 @@ def _run(
     progress: Progress,
 ) -> None:
     """Run the model forward and backward over the text, a lot of windows after the other."""
-    model = streamed.model
+    moe = streamed.source.moe
     lots = _lots(windows)
-    embed = model.get_input_embeddings()
     try:
-        with streamed.streaming(record):
-            # After the hook that casts what was looked up.
-            handle = embed.register_forward_hook(lambda _m, _i, out: out.detach().requires_grad_())
-            try:
-                for number, ids in enumerate(lots, 1):
-                    record.start(sums.tokens)
-                    with torch.enable_grad():
-                        logits = model(input_ids=ids, use_cache=False).logits.float()
-                        loss = functional.cross_entropy(
-                            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-                        )
-                        torch.autograd.backward(loss)
-                    if not torch.isfinite(loss):
-                        raise InputError(
-                            f"{streamed.source.name} gives a loss that is not finite on this "
-                            "text; use other text, or get the checkpoint again."
-                        )
-                    sums.tokens += ids.numel()
-                    sums.nll += float(loss.detach())
-                    sums.predicted += ids[:, 1:].numel()
-                    progress("forward and backward", number, len(lots))
-            finally:
-                handle.remove()
+        # Within, so that the hooks stand behind those that cast what was looked up.
+        with streamed.streaming(record), embeddings_require_gradients(moe):
+            for number, ids in enumerate(lots, 1):
+                record.start(sums.tokens)
+                targets = moe.read(ids)[:, 1:]
+                with torch.enable_grad():
+                    logits = moe.logits(ids)
+                    loss = functional.cross_entropy(
+                        logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum"
+                    )
+                    torch.autograd.backward(loss)
+                if not torch.isfinite(loss):
+                    raise InputError(
+                        f"{moe.name} gives a loss that is not finite on this text; use other "
+                        "text, or get the checkpoint again."
+                    )
+                sums.tokens += ids.numel()
+                sums.nll += float(loss.detach())
+                sums.predicted += targets.numel()
+                progress("forward and backward", number, len(lots))
     finally:
         record.close()
 
@@ -219,7 +215,8 @@ def _lots(windows: NDArray[np.int64]) -> Sequence[torch.Tensor]:
 
 def _seen(saw: TensorFile, expert: int) -> Seen:
     """Return what the tokens that select an expert saw."""
-    tokens, slots = torch.where(saw.read("index") == expert)
+    chosen = (saw.read("index") == expert) & (saw.read("weights") != 0)
+    tokens, slots = torch.where(chosen)
     rows = {name: saw.rows(name, tokens.tolist()) for name in (*_FLOATS, "weights")}
     weight = rows["weights"][torch.arange(len(slots)), slots]
     others = rows["weights"].sum(1) - weight

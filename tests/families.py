@@ -111,6 +111,7 @@ _GEMMA4: dict[str, Any] = {
     "hidden_size_per_layer_input": 8,
     "global_head_dim": 16,
 }
+_LLAMA4: dict[str, Any] = {"intermediate_size_mlp": 48, "moe_layers": [1]}
 _DENSE_FIRST = ["dense", "sparse"]
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 
@@ -126,6 +127,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {},
     "beam": {"mlp_layer_types": _DENSE_FIRST},
     "cohere2_moe": {},
+    "dbrx": {
+        "n_heads": 2,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": WIDTH, "moe_top_k": 2, "hidden_size": HIDDEN},
+    },
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": _DENSE_FIRST}},
     "deepseek_v2": {},
     "deepseek_v3": {},
@@ -184,6 +191,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kolibri1": {},
     "laguna": {},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4": {"text_config": _LLAMA4},
+    "llama4_text": _LLAMA4,
     "mellum": {},
     "mimo_v2_flash": {"num_attention_heads": 4},
     "minimax": {},
@@ -203,6 +212,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "text_config": {"moe_hidden_size": 24},
     },
     "nemotron_h": {},
+    "nllb-moe": {
+        **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), WIDTH),
+        **dict.fromkeys(("encoder_sparse_step", "decoder_sparse_step"), 2),
+        "decoder_attention_heads": 2,
+        "decoder_start_token_id": 1,
+        "pad_token_id": 1,
+    },
     "olmoe": {},
     "openai_privacy_filter": {},
     "phimoe": {},
@@ -215,12 +232,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_vl_moe": {},
     "qwen4_exp_text": {},
     "solar_open": {},
+    "switch_transformers": {
+        **dict.fromkeys(("num_layers", "num_decoder_layers"), 2),
+        **dict.fromkeys(("num_sparse_encoder_layers", "num_sparse_decoder_layers"), 1),
+        "d_ff": WIDTH,
+        "d_kv": 16,
+        "expert_capacity": 3,
+    },
     "unlimited_ocr": {},
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model types, and what each needs beside :data:`TINY`."""
 
-TRANSPOSED = ("aria", "aria_text", "gpt_oss", "openai_privacy_filter")
+TRANSPOSED = (
+    "aria",
+    "aria_text",
+    "gpt_oss",
+    "llama4",
+    "llama4_text",
+    "openai_privacy_filter",
+)
 """Families that keep expert weights as (in, out)."""
 
 

@@ -63,6 +63,7 @@ FLOORS = [
         "revision",
         "tensor_files",
         "engines",
+        "installed",
     },
     {"hf_config"},
     {"spec"},

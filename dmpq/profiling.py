@@ -15,7 +15,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from dmpq.bank import LayerBank
@@ -258,31 +257,32 @@ def _gradient_pass(evaluator: ModelEvaluator, *, apart: bool, progress: Progress
         proxy=np.zeros((experts, formats)),
         side_proxy=np.zeros((experts, 2, formats)) if apart else None,
     )
-    counter = _Counter(progress, len(evaluator.id_batches))
+    counter = _Counter(progress, len(evaluator.batches))
     embed = bank.moe.model.get_input_embeddings()
-    for ids in evaluator.id_batches:
+    for inputs in evaluator.batches:
         captures = [_Capture() for _ in bank.layers]
-        with torch.enable_grad(), bank.moe.experts_forward(captures):
-            inputs = embed(ids).detach().requires_grad_()
-            logits = bank.moe.model(inputs_embeds=inputs, use_cache=False).logits.float()
-            loss = functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
-            )
-            torch.autograd.backward(loss)
-        sums.tokens += ids.numel()
+        # Models with a head find their last token by the ids, so that embeddings cannot be given.
+        hook = embed.register_forward_hook(lambda _m, _i, output: output.detach().requires_grad_())
+        try:
+            with torch.enable_grad(), bank.moe.experts_forward(captures):
+                loss = inputs.loss(inputs.logits(bank.moe), reduction="sum")
+                torch.autograd.backward(loss)
+        finally:
+            hook.remove()
+        sums.tokens += inputs.tokens
         sums.nll += float(loss.detach())
-        sums.predicted += ids[:, 1:].numel()
+        sums.predicted += inputs.predicted
         start = 0
         for layer, capture in zip(bank.layers, captures, strict=True):
             with torch.inference_mode():
-                _collect(sums, start, layer, capture)
+                _collect(sums, start, layer, [inputs.real(part) for part in capture.taken()])
             start += layer.experts.num_experts
         counter()
     return sums
 
 
-def _collect(sums: _Sums, start: int, layer: LayerBank, capture: _Capture) -> None:
-    hidden, index, weights, output, gradient = capture.taken()
+def _collect(sums: _Sums, start: int, layer: LayerBank, taken: list[torch.Tensor]) -> None:
+    hidden, index, weights, output, gradient = taken
     for expert in range(layer.experts.num_experts):
         tokens, slots = torch.where(index == expert)
         row = start + expert

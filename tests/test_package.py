@@ -60,6 +60,7 @@ FLOORS = [
     {"bitmap", "embedded"},
     {"hw_models"},
     {"quantization", "moe", "data", "replay", "pruning"},
+    {"batches", "tasks"},
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
     {"knapsack", "launches", "local_search", "objective"},

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.config import SearchConfig, add_options, from_arguments
+from dmpq.config import TASK_OPTIONS, SearchConfig, add_options, from_arguments
 from dmpq.console import (
     CommandParser,
     exit_code,
@@ -38,7 +38,15 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-_LEFT_OUT: Final = ("agent", "policy", "evaluations", "explain", "measure_every", "tdp_w")
+_LEFT_OUT: Final = (
+    *TASK_OPTIONS,
+    "agent",
+    "policy",
+    "evaluations",
+    "explain",
+    "measure_every",
+    "tdp_w",
+)
 _NEAR: Final = 0.3
 """Standard deviation of log-importances, of maps near the knapsack's: that of PPO's samples."""
 _FINE: Final = 0.9

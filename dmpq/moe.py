@@ -18,7 +18,15 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from dmpq.errors import InputError, did_you_mean, first_line
@@ -30,6 +38,16 @@ _FLAGS: Final = frozenset({"is_transposed", "has_gate", "has_bias", "num_experts
 _EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _FORWARDS: Final = "_dmpq_forward"
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HEADS: Final[dict[str, Any]] = {
+    "language modelling": AutoModelForCausalLM,
+    "sequence classification": AutoModelForSequenceClassification,
+    "token classification": AutoModelForTokenClassification,
+    "question answering": AutoModelForQuestionAnswering,
+}
+"""What a checkpoint is loaded as, by the kind of its head."""
+_MOE_WITH_HEADS: Final = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "minimax", "gpt_oss", "deepseek_v3", "phimoe", "jamba"}
+)
 _REASONS: Final = {
     "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
     "automatic conversion": "weights of some experts are missing, or have other shapes than those "
@@ -273,6 +291,7 @@ def load_model(
     revision: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    head: str = "language modelling",
 ) -> tuple[MoEModel, Any]:
     """Load a checkpoint and its tokenizer, from safetensors only.
 
@@ -281,6 +300,7 @@ def load_model(
         revision: Revision of a hub model.
         device: Torch device. On a CPU weights are computed with in fp32, whatever their dtype.
         trust_remote_code: Whether code that comes with the checkpoint may run.
+        head: Kind of the model's head, a key of :data:`HEADS`.
 
     Raises:
         InputError: If there is no such model, no network, no weights, or no experts.
@@ -307,11 +327,14 @@ def load_model(
     }
     dtype: Any = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
-        AutoConfig.from_pretrained(source, **options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(source, **options)
+        _check_head(name, config, head)
+        loaded: Any = HEADS[head].from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except InputError:
+        raise
     except Exception as error:  # a damaged checkpoint raises whatever its reader raises
         raise _load_error(name, local, error) from error
     model, report = loaded
@@ -333,6 +356,19 @@ def _check_device(device: str) -> None:
         raise InputError(
             f"The device {device!r} cannot be used ({first_line(error)}); try 'cpu'."
         ) from error
+
+
+def _check_head(name: str, config: Any, head: str) -> None:
+    """Refuse a family that has no model with such a head; of language models all are let by."""
+    mapping = HEADS[head]._model_mapping
+    if HEADS[head] is AutoModelForCausalLM or type(config) in mapping:
+        return
+    known = {other.model_type for other in mapping}
+    families = sorted(f for f in known if f in _MOE_WITH_HEADS)
+    raise InputError(
+        f"{name} is of family {config.model_type!r}, of which this version of transformers has no "
+        f"model for {head}; Mixture-of-Experts families that have one: {', '.join(families)}."
+    )
 
 
 def _refuse_pickles(folder: str) -> None:

@@ -40,7 +40,7 @@ def refuse_long(ids: Sequence[int], encoder: Encoder, text: str) -> None:
     """
     if len(ids) > encoder.longest:
         raise InputError(
-            f"The example {text[:40]!r}... has {len(ids)} tokens, and the model reads "
+            f"The example that begins with {text[:40]!r} has {len(ids)} tokens, and the model reads "
             f"{encoder.longest} (--sequence-length and the model's own limit); shorten it, or "
             "leave it out."
         )

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 import dmpq
+from dmpq.config import TASK_OPTIONS
 from dmpq.revision import git_revision
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def bitmap_of(
             "dataset": config.dataset,
             "sequence_length": session.splits.heldout.shape[1],
             "heldout_tokens": config.heldout_tokens,
+            **({} if config.task is None else {name: vars(config)[name] for name in TASK_OPTIONS}),
         },
         serve=problem.serve,
         metrics={

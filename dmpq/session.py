@@ -146,6 +146,11 @@ class Session:
         """The model."""
         return self._loaded[0]
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._loaded[1]
+
     @cached_property
     def splits(self) -> Splits | TaskSplits:
         """The text, or the task's examples, in disjoint roles."""

@@ -63,7 +63,7 @@ FLOORS = [
     {"batches"},
     {"bank"},
     {"profile", "evaluation", "model_evaluator", "further_text", "profiling", "curvature"},
-    {"tasks"},
+    {"tasks", "harness"},
     {"knapsack", "launches", "local_search", "objective"},
     {"decisions", "features", "contest"},
     {"relaxation"},

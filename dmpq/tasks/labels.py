@@ -41,8 +41,8 @@ def refuse_long(ids: Sequence[int], encoder: Encoder, text: str) -> None:
     if len(ids) > encoder.longest:
         raise InputError(
             f"The example that begins with {text[:40]!r} has {len(ids)} tokens, and the model "
-            f"reads {encoder.longest} (--sequence-length and the model's own limit); shorten it, or "
-            "leave it out."
+            f"reads {encoder.longest} (--sequence-length and the model's own limit); shorten it, "
+            "or leave it out."
         )
     if not ids:
         raise InputError("The data holds an example without text; leave it out.")

@@ -118,5 +118,5 @@ def test_without_a_task_a_configuration_keeps_its_name():
 
 def test_without_the_harness_one_sentence_says_what_to_install(monkeypatch, tiny):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(InputError, match="need it installed, and it is not.*install lm-eval"):
+    with pytest.raises(InputError, match=r"need it installed, and it is not.*install lm-eval"):
         harness_scores(Bank(tiny(), Menu.parse("4g16,16")), None, None, ["hellaswag"])

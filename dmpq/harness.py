@@ -78,5 +78,7 @@ def _scores(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         f"{task} {metric.partition(',')[0]}": float(value)
         for task, scores in results.items()
         for metric, value in scores.items()
-        if isinstance(value, int | float) and not metric.partition(",")[0].endswith("_stderr")
+        if isinstance(value, int | float)
+        and metric != "sample_len"
+        and not metric.partition(",")[0].endswith("_stderr")
     }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.config import SearchConfig, add_options, from_arguments
+from dmpq.config import TASK_OPTIONS, SearchConfig, add_options, from_arguments
 from dmpq.console import (
     CommandParser,
     exit_code,
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 
 _LEFT_OUT: Final = (
+    *TASK_OPTIONS,
     "agent",
     "policy",
     "evaluations",

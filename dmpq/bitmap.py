@@ -48,7 +48,8 @@ class BitMap:
         constraints: Limit → value, or ``None`` for no limit.
         hardware: ``name``, ``stack``, ``calibrated``, ``source`` and ``cost_geometry``.
         workload: ``phase``, ``batch`` and ``context``.
-        text: What it was measured on: ``dataset``, ``sequence_length`` and ``heldout_tokens``.
+        text: What it was measured on: ``dataset``, ``sequence_length`` and ``heldout_tokens``; of
+            a task's examples also ``task``, ``text_column`` and ``label_column``.
         serve: What shares one format: ``"expert"``, ``"projection"`` or ``"layer"``.
         metrics: ``"predicted"`` and ``"measured"``: name → ``{"value": number, "unit": text}``.
         search: ``agent``, ``seed``, ``evaluations`` and ``tokens``.
@@ -372,6 +373,16 @@ def _list(member: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
     return check
 
 
+_TEXT: Final = {"dataset": _text_value, "sequence_length": _whole(2), "heldout_tokens": _whole(1)}
+_TASK: Final = {"task": _text_value, "text_column": _optional_text, "label_column": _optional_text}
+
+
+def _measured_on(where: str, value: Any) -> None:
+    """Check what a map was measured on: a text, or a task's examples."""
+    members = _TEXT | _TASK if isinstance(value, Mapping) and "task" in value else _TEXT
+    _record(**members)(where, value)
+
+
 _MODEL: Final[dict[str, Callable[[str, Any], None]]] = {
     "id": _text_value,
     "revision": _optional_text,
@@ -396,7 +407,7 @@ _TAIL_SECTIONS: Final[dict[str, Callable[[str, Any], None]]] = {
         cost_geometry=_text_value,
     ),
     "workload": _record(phase=_one_of("decode", "prefill"), batch=_whole(1), context=_whole(1)),
-    "text": _record(dataset=_text_value, sequence_length=_whole(2), heldout_tokens=_whole(1)),
+    "text": _measured_on,
     "serve": _one_of("expert", "projection", "layer"),
     "metrics": _record(predicted=_METRICS, measured=_METRICS),
     "search": _record(

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dmpq.config import add_options, from_arguments
+from dmpq.config import TASK_OPTIONS, add_options, from_arguments
 from dmpq.console import CommandParser, exit_code, plain_console, quiet_libraries
 from dmpq.contest import Contest
 from dmpq.errors import InputError
@@ -33,6 +33,7 @@ percent of what uniform 8 bits takes. Without a device it is that of --hw.
 _AGENTS: Final = ("ppo", "evopress", "nsga2", "greedy-true", "gemq", "fisher", "frequency")
 _CONTESTS: Final = ("bits=2.5", "bits=3")
 _LEFT_OUT: Final = (
+    *TASK_OPTIONS,
     *(
         "model",
         "agent",

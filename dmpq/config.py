@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, get_args, get_type_hints
 
-from dmpq.errors import unknown
+from dmpq.errors import InputError, unknown
 from dmpq.quantizer import Quantizer
 
 _DEFAULT_AVG_BITS: Final = 3.0
@@ -76,8 +76,9 @@ class SearchConfig:
     profile: str | None = _option(None, "search on a saved profile, made by an earlier run")
     signal: str = _option(
         "sensitivity",
-        "what tells experts apart: every variant evaluated, or gradients of one pass over it all",
-        ("sensitivity", "gradient"),
+        "what tells experts apart: every variant evaluated, or gradients of one pass over it all; "
+        "with --task, 'task' evaluates maps by the task's metric in place of the KL",
+        ("sensitivity", "gradient", "task"),
     )
     profile_tokens: int = _option(8192, "calibration tokens for the profile")
     search_tokens: int = _option(65536, "calibration tokens per evaluation")
@@ -105,14 +106,44 @@ class SearchConfig:
         None, "add a row: the nearest map that this engine loads (see python -m dmpq.export)"
     )
     explain: bool = _option(False, "show where the time, bytes and energy of the agent's map go")
+    task: str | None = _option(
+        None,
+        "what the model is for, and is judged by on --dataset (default: next tokens)",
+        ("classification", "token-classification", "question-answering", "translation"),
+    )
+    text_column: str | None = _option(
+        None, "with --task: column of the texts, or two with a comma (default: the usual names)"
+    )
+    label_column: str | None = _option(
+        None, "with --task: column of labels, answers or targets (default: the usual names)"
+    )
     out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
 
     def __post_init__(self) -> None:
         for option in fields(self):
             choices, value = option.metadata["choices"], getattr(self, option.name)
-            if choices is not None and value not in choices:
+            optional = option.default is None and value is None
+            if choices is not None and value not in choices and not optional:
                 raise unknown(_flag(option.name), value, choices)
         Quantizer.parse(self.quantizer)
+        self._check_task()
+
+    def _check_task(self) -> None:
+        """Refuse options of tasks where there is none."""
+        given = {"text_column": self.text_column, "label_column": self.label_column}
+        lone = [_flag(name) for name, value in given.items() if value is not None]
+        if self.signal == "task":
+            lone.append("--signal task")
+        if self.task is None and lone:
+            raise InputError(
+                f"{lone[0]} belongs to a task, and none is asked for; give --task, or leave it "
+                "out."
+            )
+
+    @property
+    def profile_signal(self) -> str:
+        """What the profile's sensitivities are from: a task's metric is too coarse for them."""
+        return "sensitivity" if self.signal == "task" else self.signal
 
     @property
     def effective_avg_bits(self) -> float | None:
@@ -139,10 +170,17 @@ class SearchConfig:
 
     def digest(self) -> str:
         """Return a hash of the whole configuration but for where it runs and writes."""
-        chosen = {k: v for k, v in asdict(self).items() if k not in _NOT_RESULTS}
+        chosen = {
+            k: v
+            for k, v in asdict(self).items()
+            if k not in _NOT_RESULTS and not (k in _LATER and v is None)
+        }
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
 
+TASK_OPTIONS: Final = ("task", "text_column", "label_column")
+_LATER: Final = TASK_OPTIONS
+"""Options newer than the first runs, which keep their names where these are not used."""
 _NOT_RESULTS: Final = ("out", "threads", "bank_memory_gb", "explain", "engine")
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dmpq.bank import Bank
+from dmpq.batches import Batch
 from dmpq.experts import Experts, run_stacked
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.profiling import BACKWARD_COST
@@ -57,7 +57,7 @@ def empirical_fisher(evaluator: ModelEvaluator) -> Floats:
 
 def _fisher(evaluator: ModelEvaluator) -> Floats:
     bank = evaluator.bank
-    windows = [window for ids in evaluator.id_batches for window in ids.split(1)]
+    windows = [window for inputs in evaluator.batches for window in inputs.split()]
     squares = [
         tuple(torch.zeros_like(p, dtype=torch.float32) for p in layer.experts.parameters)
         for layer in bank.layers
@@ -134,11 +134,11 @@ def _trace(evaluator: ModelEvaluator, probes: int, seed: int) -> Floats:
     bank = evaluator.bank
     counts = [layer.experts.num_experts for layer in bank.layers]
     trace = np.zeros(sum(counts))
-    predicted = sum(_predicted(bank, ids) for ids in evaluator.id_batches)
+    predicted = sum(inputs.predicted for inputs in evaluator.batches)
     # Only the plain attention has a second derivative.
     with _differentiable(bank) as parameters, sdpa_kernel(SDPBackend.MATH):
-        for ids in evaluator.id_batches:
-            loss = _mean_nll(bank, ids) * (_predicted(bank, ids) / predicted)
+        for inputs in evaluator.batches:
+            loss = _mean_nll(bank, inputs) * (inputs.predicted / predicted)
             gradients = torch.autograd.grad(loss, parameters, create_graph=True)
             generator = torch.Generator().manual_seed(seed)
             for _ in range(probes):
@@ -176,14 +176,8 @@ def _differentiable(bank: Bank) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(False)
 
 
-def _predicted(bank: Bank, ids: torch.Tensor) -> int:
-    return bank.moe.read(ids)[:, 1:].numel()
-
-
-def _mean_nll(bank: Bank, ids: torch.Tensor) -> torch.Tensor:
-    logits = bank.moe.logits(ids)
-    targets = bank.moe.read(ids)[:, 1:]
-    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+def _mean_nll(bank: Bank, inputs: Batch) -> torch.Tensor:
+    return inputs.loss(inputs.logits(bank.moe), reduction="mean")
 
 
 def _weighed_perturbation(bank: Bank, weights: list[tuple[torch.Tensor, ...]]) -> Floats:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dmpq.bank import Bank
+from dmpq.batches import Batch, Text, as_text
 from dmpq.data import Windows
 from dmpq.errors import InputError
 from dmpq.evaluation import FAILURE_NATS, Assignments, Evaluations
@@ -29,7 +30,6 @@ BATCH_TOKENS: Final = 4096
 PREFIX_MEMORY: Final = 4 * 2**30
 
 _LAYER_NUMBER: Final = re.compile(r"\.(\d+)\.")
-_PROBE_LENGTH: Final = 8
 _CHUNK_ELEMENTS: Final = {"cpu": 2**18}
 _CHUNK_ELEMENTS_ELSEWHERE: Final = 2**25
 """Logits compared at a time: few enough to stay in a core's cache, or to fit beside a model."""
@@ -50,20 +50,18 @@ class _Prefix:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Token ids of one forward and what the full-precision model says of them.
+    """The inputs of one forward and what the full-precision model says of them.
 
     Attributes:
-        ids: int64 (sequences, length).
-        read: int64 (sequences, length as read), the tokens that logits follow.
-        log_probabilities: fp32 (tokens, vocabulary).
-        nll: Summed over the predicted tokens, nats.
+        inputs: What is run.
+        log_probabilities: fp32 (rows, classes); of a text (tokens, vocabulary).
+        nll: Summed over the rows with a right answer, nats.
         members: Per MoE layer bool (tokens, experts), whether the token selects the expert.
         selections: Token-expert selections of all layers.
         prefix: The full-precision forward, where it is kept.
     """
 
-    ids: torch.Tensor
-    read: torch.Tensor
+    inputs: Batch
     log_probabilities: torch.Tensor
     nll: float
     members: tuple[torch.Tensor, ...]
@@ -89,7 +87,7 @@ class ModelEvaluator:
 
     Args:
         bank: The model's variants.
-        windows: int64 (windows, length), the text.
+        windows: int64 (windows, length), the text; or a task's examples.
         label: Names the text in the journal.
         journal: Where answers are kept and looked up.
         batch_tokens: Tokens per forward.
@@ -102,7 +100,7 @@ class ModelEvaluator:
     def __init__(
         self,
         bank: Bank,
-        windows: Windows,
+        windows: Windows | Text,
         *,
         label: str,
         journal: JsonLines | None = None,
@@ -113,21 +111,25 @@ class ModelEvaluator:
             raise InputError(f"The {label} text is empty; give it at least one window of tokens.")
         self.bank = bank
         self.label = label
-        self._rows = max(1, batch_tokens // windows.shape[1])
-        device = bank.moe.model.device
-        self.id_batches = torch.from_numpy(windows).to(device).split(self._rows)
+        text = as_text(windows)
+        self.batches = text.batches(bank.moe, tokens=batch_tokens)
         self._prefix_memory = prefix_memory
         self.journal = journal
-        self.text_key = _text_key(bank, windows, label)
+        self.text_key = _text_key(bank, text, label)
         self._known = _read_journal(journal, self.text_key)
         self._asked: dict[str, tuple[float, float, float]] = {}
         self._spent = 0.0
         self._held: _Incumbent | None = None
 
     @property
+    def id_batches(self) -> list[torch.Tensor]:
+        """Token ids of each forward, int64 (sequences, length)."""
+        return [batch.ids for batch in self.batches]
+
+    @property
     def tokens(self) -> int:
         """Tokens of the text."""
-        return sum(ids.numel() for ids in self.id_batches)
+        return sum(batch.tokens for batch in self.batches)
 
     @property
     def tokens_spent(self) -> float:
@@ -141,10 +143,10 @@ class ModelEvaluator:
     @cached_property
     def _replayer(self) -> Replayer:
         moe = self.bank.moe
-        probe_ids = self.id_batches[0][:1, :_PROBE_LENGTH]
+        probe = self.batches[0].probe()
         points = [experts.path for experts in moe.containers]
         with torch.inference_mode():
-            return Replayer(moe.model, points, lambda: moe.logits(probe_ids))
+            return Replayer(moe.model, points, lambda: probe.logits(moe))
 
     @cached_property
     def _batches(self) -> list[_Batch]:
@@ -153,36 +155,36 @@ class ModelEvaluator:
         batches = []
         replayer = self._replayer
         with torch.inference_mode(), self._own_forward() as selected:
-            for ids in self.id_batches:
+            for inputs in self.batches:
                 selected.clear()
                 with replayer.record() as recording:
-                    logits = self.bank.moe.logits(ids)
+                    logits = inputs.logits(self.bank.moe)
                 kept = _Prefix(recording, (0,) * len(selected)) if self._keeps(recording) else None
-                batches.append(self._batch(ids, logits, selected, kept))
+                batches.append(self._batch(inputs, logits, selected, kept))
         return batches
 
     def _batch(
         self,
-        ids: torch.Tensor,
+        inputs: Batch,
         logits: torch.Tensor,
         selected: list[torch.Tensor],
         prefix: _Prefix | None,
     ) -> _Batch:
-        log_p = functional.log_softmax(logits.flatten(0, 1), -1)
-        read = self.bank.moe.read(ids)
-        taken = log_p.gather(-1, _targets(read))
+        log_p = functional.log_softmax(logits, -1)
+        taken = log_p.gather(-1, inputs.targets)
+        counted = [inputs.real(index) for index in selected]
         members = tuple(
             torch.zeros(
                 len(index), layer.experts.num_experts, dtype=torch.bool, device=index.device
             ).scatter_(1, index, value=True)
-            for index, layer in zip(selected, self.bank.layers, strict=True)
+            for index, layer in zip(counted, self.bank.layers, strict=True)
         )
-        selections = sum(index.numel() for index in selected)
-        return _Batch(ids, read, log_p, _nll_sum(taken, read), members, selections, prefix)
+        selections = sum(index.numel() for index in counted)
+        return _Batch(inputs, log_p, _nll_sum(taken, inputs), members, selections, prefix)
 
     def _keeps(self, recording: Recording, *, copies: int = 1) -> bool:
         """Return whether recordings of all batches, of so many maps, are exact and fit."""
-        needed = copies * recording.memory_bytes * len(self.id_batches)
+        needed = copies * recording.memory_bytes * len(self.batches)
         return self._replayer.exact and needed <= self._prefix_memory
 
     @contextmanager
@@ -199,7 +201,7 @@ class ModelEvaluator:
 
     def full_nll(self) -> float:
         """Return the full-precision model's negative log-likelihood, nats per token."""
-        return sum(b.nll for b in self._batches) / sum(_predicted(b.read) for b in self._batches)
+        return sum(b.nll for b in self._batches) / sum(b.predicted for b in self.batches)
 
     def hold(self, assignment: Assignments) -> None:
         """Let later maps resume from this one; see :meth:`dmpq.evaluation.Evaluator.hold`.
@@ -228,7 +230,7 @@ class ModelEvaluator:
         """
         if not 0.0 < fidelity <= 1.0:
             raise InputError(f"Fidelity {fidelity} is outside (0, 1]; 1 measures on all the text.")
-        batches = math.ceil(fidelity * len(self.id_batches))
+        batches = math.ceil(fidelity * len(self.batches))
         before = self._spent
         formats = self._formats(assignments)
         answers = np.array([self._answer(one, batches) for one in formats]).reshape(-1, 3)
@@ -236,7 +238,7 @@ class ModelEvaluator:
         return Evaluations(kl, nll, shift, self._spent - before)
 
     def accuracy(self, assignments: Assignments) -> NDArray[np.float64]:
-        """Return the share of next tokens that each map predicts best, (K,).
+        """Return the share of next tokens, or of a task's answers, that each map has right, (K,).
 
         A judgement, not a signal of any search: neither kept nor counted.
         """
@@ -245,12 +247,10 @@ class ModelEvaluator:
             for formats in self._formats(assignments):
                 self.bank.choose(formats[None])
                 right = 0
-                predicted = 0
-                for ids in self.id_batches:
-                    guessed = self.bank.moe.logits(ids)[:, :-1].argmax(-1)
-                    right += int((guessed == self.bank.moe.read(ids)[:, 1:]).sum())
-                    predicted += guessed.numel()
-                found.append(right / predicted)
+                for inputs in self.batches:
+                    guessed = inputs.logits(self.bank.moe).argmax(-1, keepdim=True)
+                    right += int(inputs.answered(guessed == inputs.targets).sum())
+                found.append(right / sum(inputs.predicted for inputs in self.batches))
         return np.array(found)
 
     def screen(self, assignments: Assignments) -> Evaluations:
@@ -266,11 +266,12 @@ class ModelEvaluator:
         self.bank.choose(formats)
         with torch.inference_mode(), self.bank.attached():
             for batch in batches:
-                logits = self.bank.moe.logits(batch.ids.repeat(len(formats), 1))
+                logits = batch.inputs.repeat(len(formats)).logits(self.bank.moe)
                 chosen = [_taken(layer.selected).chunk(len(formats)) for layer in self.bank.layers]
                 for k, part in enumerate(logits.chunk(len(formats))):
                     moved = sum(
-                        _moved(c[k], m) for c, m in zip(chosen, batch.members, strict=True)
+                        _moved(batch.inputs.real(c[k]), m)
+                        for c, m in zip(chosen, batch.members, strict=True)
                     )
                     totals[k] += (*_compare(part, batch), moved)
         self._spent += len(formats) * self.tokens
@@ -306,7 +307,7 @@ class ModelEvaluator:
             if self.journal is not None:
                 self.journal.append({"text": self.text_key, "map": key, "values": answer})
         # The share first: asking for it may run, and count, the full-precision model.
-        cost = self._resume_share(first) * sum(ids.numel() for ids in self.id_batches[:batches])
+        cost = self._resume_share(first) * sum(inputs.tokens for inputs in self.batches[:batches])
         self._spent += cost
         self._asked[key] = answer
         return answer
@@ -329,11 +330,15 @@ class ModelEvaluator:
                 totals = []
                 for batch, prefix in zip(used, prefixes, strict=False):
                     logits, moved = self._run(batch, prefix, first)
-                    totals.append((*_compare(logits, batch), float(sum(moved))))
+                    totals.append((*self._compared(logits, batch), float(sum(moved))))
         kl, nll, shift = _per_token(np.sum(totals, axis=0)[None], used)[0]
         if not (math.isfinite(kl) and math.isfinite(nll)):
             return FAILURE_NATS, FAILURE_NATS, float(shift)
         return float(kl), float(nll), float(shift)
+
+    def _compared(self, logits: torch.Tensor, batch: _Batch) -> tuple[float, float]:
+        """Return KL and NLL of a map's rows, summed."""
+        return _compare(logits, batch)
 
     def _run(
         self, batch: _Batch, prefix: _Prefix | None, first: int
@@ -347,14 +352,15 @@ class ModelEvaluator:
             first: Ordinal of the MoE layer to resume at.
         """
         if prefix is None:
-            logits = self.bank.moe.logits(batch.ids)
+            logits = batch.inputs.logits(self.bank.moe)
             known: tuple[int, ...] = ()
         else:
             with self._replayer.resume(prefix.recording, first):
-                logits = self.bank.moe.logits(batch.ids)
+                logits = batch.inputs.logits(self.bank.moe)
             known = prefix.moved[: first + 1]
         fresh = zip(self.bank.layers[len(known) :], batch.members[len(known) :], strict=True)
-        return logits, (*known, *(_moved(_taken(layer.selected), m) for layer, m in fresh))
+        real = batch.inputs.real
+        return logits, (*known, *(_moved(real(_taken(layer.selected)), m) for layer, m in fresh))
 
     def _runs(self, incumbent: _Incumbent) -> list[_Prefix]:
         """Return the incumbent's forwards on all batches, run the first time they are needed."""
@@ -398,11 +404,12 @@ def _taken(selected: torch.Tensor | None) -> torch.Tensor:
     return selected
 
 
-def _text_key(bank: Bank, windows: Windows, label: str) -> str:
+def _text_key(bank: Bank, text: Text, label: str) -> str:
     """Name a text in the journal, by all that its answers depend on."""
+    shape, content = text.identity()
     digest = hashlib.sha256(bank.moe.fingerprint.encode())
-    digest.update(f"{bank.menu}{windows.shape}{torch.get_num_threads()}".encode())
-    digest.update(np.ascontiguousarray(windows).tobytes())
+    digest.update(f"{bank.menu}{shape}{torch.get_num_threads()}".encode())
+    digest.update(content)
     if bank.calibration is not None:
         digest.update(bank.calibration.digest.encode())
     return f"{label}:{digest.hexdigest()[:16]}"
@@ -472,18 +479,9 @@ def _layer_numbers(spec: ModelSpec) -> list[int]:
     return numbers
 
 
-def _predicted(ids: torch.Tensor) -> int:
-    return ids.shape[0] * (ids.shape[1] - 1)
-
-
-def _targets(ids: torch.Tensor) -> torch.Tensor:
-    """Return what each position predicts, (tokens, 1); of a last position, a placeholder."""
-    return ids.roll(-1, 1).reshape(-1, 1)
-
-
-def _nll_sum(taken: torch.Tensor, ids: torch.Tensor) -> float:
-    """Sum over the predicted tokens, given the log-probabilities of all targets."""
-    return -float(taken.view(ids.shape)[:, :-1].double().sum())
+def _nll_sum(taken: torch.Tensor, inputs: Batch) -> float:
+    """Sum over the rows with a right answer, given the log-probabilities of all targets."""
+    return -float(inputs.answered(taken).double().sum())
 
 
 def _moved(index: torch.Tensor, members: torch.Tensor) -> int:
@@ -497,23 +495,22 @@ def _compare(logits: torch.Tensor, batch: _Batch) -> tuple[float, float]:
     Chunk by chunk, because whole passes over (tokens, vocabulary) cost memory traffic, and on a
     CPU fresh pages each time.
     """
-    flat = logits.flatten(0, 1)
     rows = max(
-        1, _CHUNK_ELEMENTS.get(flat.device.type, _CHUNK_ELEMENTS_ELSEWHERE) // flat.shape[1]
+        1, _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE) // logits.shape[1]
     )
-    chunks = (x.split(rows) for x in (flat, batch.log_probabilities, _targets(batch.read)))
+    chunks = (x.split(rows) for x in (logits, batch.log_probabilities, batch.inputs.targets))
     kl, taken = [], []
     for chunk, log_p, targets in zip(*chunks, strict=True):
         log_q = functional.log_softmax(chunk, -1)
         taken.append(log_q.gather(-1, targets))
         difference = torch.sub(log_p, log_q, out=log_q)
         kl.append(difference.mul_(log_p.exp()).sum(-1, dtype=torch.float64))
-    return float(torch.cat(kl).sum()), _nll_sum(torch.cat(taken), batch.read)
+    return float(torch.cat(kl).sum()), _nll_sum(torch.cat(taken), batch.inputs)
 
 
 def _per_token(totals: NDArray[np.float64], batches: list[_Batch]) -> NDArray[np.float64]:
-    tokens = sum(b.read.numel() for b in batches)
-    predicted = sum(_predicted(b.read) for b in batches)
+    rows = sum(b.inputs.rows for b in batches)
+    predicted = sum(b.inputs.predicted for b in batches)
     selections = sum(b.selections for b in batches)
-    means: NDArray[np.float64] = totals / np.array([tokens, predicted, selections])
+    means: NDArray[np.float64] = totals / np.array([rows, predicted, selections])
     return means

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from dmpq.adapters.stacked import StackedExperts
 from dmpq.errors import InputError, did_you_mean, first_line
@@ -24,6 +31,16 @@ from dmpq.spec import ModelSpec
 __all__ = ["Experts", "MoEModel", "load_model", "reference_path", "run_stacked"]
 
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LANGUAGE_MODELLING: Final = "language modelling"
+HEADS: Final[dict[str, Any]] = {
+    "sequence classification": AutoModelForSequenceClassification,
+    "token classification": AutoModelForTokenClassification,
+    "question answering": AutoModelForQuestionAnswering,
+}
+"""What a checkpoint of a task is loaded as, by the kind of its head."""
+_MOE_WITH_HEADS: Final = frozenset(
+    {"mixtral", "qwen2_moe", "qwen3_moe", "minimax", "gpt_oss", "deepseek_v3", "phimoe", "jamba"}
+)
 _REASONS: Final = {
     "ignore_mismatched_sizes": "its weights have other shapes than its config.json says",
     "automatic conversion": "weights of some experts are missing, or have other shapes than those "
@@ -214,6 +231,7 @@ def load_model(
     revision: str | None = None,
     device: str = "cpu",
     trust_remote_code: bool = False,
+    head: str = LANGUAGE_MODELLING,
 ) -> tuple[MoEModel, Any]:
     """Load a checkpoint and its tokenizer, from safetensors only.
 
@@ -222,6 +240,7 @@ def load_model(
         revision: Revision of a hub model.
         device: Torch device. On a CPU weights are computed with in fp32, whatever their dtype.
         trust_remote_code: Whether code that comes with the checkpoint may run.
+        head: Kind of the model's head: :data:`LANGUAGE_MODELLING`, or a key of :data:`HEADS`.
 
     Raises:
         InputError: If there is no such model, no network, no weights, or no experts.
@@ -236,10 +255,14 @@ def load_model(
     dtype: Any = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        loaded: Any = auto_class(config).from_pretrained(
+        _check_head(name, config, head)
+        kind = auto_class(config) if head == LANGUAGE_MODELLING else HEADS[head]
+        loaded: Any = kind.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except InputError:
+        raise
     except Exception as error:  # a damaged checkpoint raises whatever its reader raises
         raise _load_error(name, local, error) from error
     model, report = loaded
@@ -261,6 +284,19 @@ def _check_device(device: str) -> None:
         raise InputError(
             f"The device {device!r} cannot be used ({first_line(error)}); try 'cpu'."
         ) from error
+
+
+def _check_head(name: str, config: Any, head: str) -> None:
+    """Refuse a family that has no model with such a head; of language models all are let by."""
+    if head == LANGUAGE_MODELLING or type(config) in HEADS[head]._model_mapping:
+        return
+    mapping = HEADS[head]._model_mapping
+    known = {other.model_type for other in mapping}
+    families = sorted(f for f in known if f in _MOE_WITH_HEADS)
+    raise InputError(
+        f"{name} is of family {config.model_type!r}, of which this version of transformers has no "
+        f"model for {head}; Mixture-of-Experts families that have one: {', '.join(families)}."
+    )
 
 
 def _refuse_pickles(folder: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dmpq.config import SearchConfig, add_options, from_arguments
+from dmpq.config import TASK_OPTIONS, SearchConfig, add_options, from_arguments
 from dmpq.console import (
     CommandParser,
     exit_code,
@@ -41,6 +41,7 @@ _EXAMPLES: Final = """examples:
 _ABOVE: Final = (0.25, 0.75, 1.25)
 _UNLIMITED: Final = 16.0
 _LEFT_OUT: Final = (
+    *TASK_OPTIONS,
     *(
         "model",
         "revision",

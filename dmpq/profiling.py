@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional
 
 from dmpq.bank import LayerBank
 from dmpq.data import Draw
@@ -236,27 +235,23 @@ def _gradient_pass(
     bank = evaluator.bank
     experts, formats = bank.moe.spec.num_experts, len(bank.menu)
     sums = ExpertSums.zeros(experts, formats, apart=apart)
-    counter = _Counter(progress, len(evaluator.id_batches))
-    for ids in evaluator.id_batches:
+    counter = _Counter(progress, len(evaluator.batches))
+    for inputs in evaluator.batches:
         captures = [_Capture() for _ in bank.layers]
-        targets = bank.moe.read(ids)[:, 1:]
         with (
             torch.enable_grad(),
             embeddings_require_gradients(bank.moe),
             bank.moe.experts_forward(captures),
         ):
-            logits = bank.moe.logits(ids)
-            loss = functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum"
-            )
+            loss = inputs.loss(inputs.logits(bank.moe), reduction="sum")
             torch.autograd.backward(loss)
-        sums.tokens += ids.numel()
+        sums.tokens += inputs.tokens
         sums.nll += float(loss.detach())
-        sums.predicted += targets.numel()
+        sums.predicted += inputs.predicted
         start = 0
         for layer, capture in zip(bank.layers, captures, strict=True):
             with torch.inference_mode():
-                _collect(sums, start, layer, capture)
+                _collect(sums, start, layer, [inputs.real(part) for part in capture.taken()])
             start += layer.experts.num_experts
         counter()
     return sums
@@ -282,8 +277,8 @@ def embeddings_require_gradients(moe: MoEModel) -> Iterator[None]:
             handle.remove()
 
 
-def _collect(sums: ExpertSums, start: int, layer: LayerBank, capture: _Capture) -> None:
-    hidden, index, weights, output, gradient = capture.taken()
+def _collect(sums: ExpertSums, start: int, layer: LayerBank, taken: list[torch.Tensor]) -> None:
+    hidden, index, weights, output, gradient = taken
     for expert in range(layer.experts.num_experts):
         # A weight of 0 stands for a token that was dropped or skips its experts.
         tokens, slots = torch.where((index == expert) & (weights != 0))

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Final
 
 import dmpq
+from dmpq.config import TASK_OPTIONS
 from dmpq.revision import git_revision
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def bitmap_of(
         geometry=moe.spec,
         menu=problem.menu,
         assignment=assignment_from(moe.spec, problem.menu, problem.expand(assignment[None])[0]),
-        objective={"weights": asdict(problem.weights), "signal": "kl"},
+        objective={"weights": asdict(problem.weights), "signal": _signal(session)},
         constraints=asdict(problem.limits),
         hardware={
             "name": problem.hardware.name,
@@ -69,6 +70,7 @@ def bitmap_of(
             "dataset": config.dataset,
             "sequence_length": session.splits.heldout.shape[1],
             "heldout_tokens": config.heldout_tokens,
+            **({} if config.task is None else {name: vars(config)[name] for name in TASK_OPTIONS}),
         },
         serve=problem.serve,
         metrics={
@@ -92,11 +94,31 @@ def bitmap_of(
     )
 
 
+def _signal(session: Session) -> str:
+    """Name what the search made small."""
+    config = session.config
+    if config.task is None:
+        return "kl"
+    from dmpq.tasks.splits import TASKS
+
+    metric = TASKS[config.task].metric
+    return f"{metric if config.signal == 'task' else 'kl'} of {config.task}"
+
+
 def _quantity(values: NDArray[np.float64], unit: str) -> dict[str, float | str]:
     return {"value": float(values[0]), "unit": unit}
 
 
 def _measured(row: Row) -> dict[str, dict[str, float | str]]:
+    from dmpq.report import TaskRow
+
+    if isinstance(row, TaskRow):
+        found: dict[str, dict[str, float | str]] = {
+            "heldout_kl": {"value": row.heldout_kl, "unit": "nats/answer"}
+        }
+        for name, value in row.metrics.items():
+            found[f"heldout_{name}"] = {"value": value, "unit": "%"}
+        return found
     return {
         "heldout_kl": {"value": row.heldout_kl, "unit": "nats/token"},
         "heldout_perplexity": {"value": row.heldout_ppl, "unit": "per token"},

@@ -342,7 +342,7 @@ class Group:
         if not entrant.charged:
             return small
         left = self.allowed - max(_KEPT_FORWARDS, needed) * config.search_tokens
-        splits, signal = self.session.splits, entrant.signal
+        splits, signal = self.session.text, entrant.signal
         per_token, most = small.cost_tokens / small.tokens, math.inf
         if signal == "gradient":
             per_token = gradient_cost(small.spec, len(small.menu))
@@ -367,7 +367,7 @@ class Group:
         """Return an entrant's evaluator: on the search's text, and on more for its own signal."""
         if not entrant.larger or entrant.charged or not entrant.forwards:
             return self._evaluator("search", batches=_BATCHES)
-        splits = self.session.splits
+        splits = self.session.text
         tokens = min(self.allowed / (entrant.forwards + 2), _MOST_OWN_TEXT)
         count = max(int(tokens) // splits.search.shape[1], len(splits.search))
         return self._evaluator("search", np.concatenate([splits.search, splits.further])[:count])

@@ -38,6 +38,14 @@ _SECONDS: Final = {"µs": 1e-6, "ms": 1e-3, "s": 1.0}
 _JOULES: Final = {"mJ": 1e-3, "J": 1.0, "kJ": 1e3}
 _LONGEST: Final = 1e4
 """The table's numbers stay below this, so that a row fits 80 columns."""
+_HEADS: Final = {
+    "accuracy": "acc %",
+    "f1": "F1 %",
+    "precision": "prec\n%",
+    "recall": "rec\n%",
+    "exact_match": "EM %",
+    "bleu": "BLEU",
+}
 _FEW_TOKENS: Final = 10.0
 _LARGE_PERPLEXITY: Final = 100.0
 
@@ -104,6 +112,22 @@ class Row:
         )
 
 
+@dataclass(frozen=True)
+class TaskRow(Row):
+    """One allocation in the final table of a task, whose KL and perplexity are per answer.
+
+    Attributes:
+        metrics: On held-out examples, by name, in percent.
+    """
+
+    metrics: Mapping[str, float]
+
+    @classmethod
+    def judged(cls, row: Row, metrics: Mapping[str, float]) -> TaskRow:
+        """Return a row with a task's metrics."""
+        return cls(**vars(row), metrics=metrics)
+
+
 def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str] = ()) -> Table:
     """Return the final table for the terminal, at most 80 columns wide.
 
@@ -119,7 +143,9 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
     shown = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
     shown.add_column("allocation", justify="left", overflow="fold")
     (memory, unit_bytes), (latency, unit_s), (energy, unit_j) = units_of(rows).values()
-    heads = ("bits", "KL", "ppl", f"memory\n{memory}", f"latency\n{latency}", "tokens\n/s")
+    judged = tuple(rows[0].metrics) if isinstance(rows[0], TaskRow) else ("ppl",)
+    quality = (_HEADS.get(name, name) for name in judged)
+    heads = ("bits", "KL", *quality, f"memory\n{memory}", f"latency\n{latency}", "tokens\n/s")
     for head in (*heads, f"energy\n{energy}"):
         shown.add_column(head, justify="right")
     for row in rows:
@@ -127,7 +153,7 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
             f"{row.name} *" if row.name in marked else row.name,
             f"{row.effective_bits:.2f}",
             f"{row.heldout_kl:.5f}",
-            f"{row.heldout_ppl:.{4 if row.heldout_ppl < _LARGE_PERPLEXITY else 1}f}",
+            *_quality(row),
             f"{row.memory_bytes / unit_bytes:,.1f}",
             f"{row.latency_s / unit_s:,.1f}",
             f"{row.tokens_per_s:,.{0 if row.tokens_per_s >= _FEW_TOKENS else 2}f}",
@@ -135,6 +161,13 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
             style="bold" if row.name == best else None,
         )
     return shown
+
+
+def _quality(row: Row) -> list[str]:
+    """Return what stands between the KL and the costs: perplexity, or a task's metrics."""
+    if isinstance(row, TaskRow):
+        return [f"{value:.2f}" for value in row.metrics.values()]
+    return [f"{row.heldout_ppl:.{4 if row.heldout_ppl < _LARGE_PERPLEXITY else 1}f}"]
 
 
 def units_of(rows: Sequence[Row]) -> dict[str, tuple[str, float]]:

@@ -50,11 +50,13 @@ if TYPE_CHECKING:
     from dmpq.profile import Profile
     from dmpq.report import Row
     from dmpq.session import Session
+    from dmpq.tasks.evaluator import TaskEvaluator
 
 _EXAMPLES: Final = """examples:
   python -m dmpq.search --hw a100
   python -m dmpq.search --hw rtx4090 --avg-bits 2.5 --weights acc=1
   python -m dmpq.search --model path/to/checkpoint --dataset notes.txt --memory-gb 12
+  python -m dmpq.search --model path/to/classifier --task classification --dataset path/to/sst2
 """
 
 
@@ -213,7 +215,8 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
                 run.best = candidate
             best = math.nan if run.best is None else run.best.kl
             spent = int(candidate.spent or candidate.evaluation)
-            run.session.progress(f"searching, best KL {best:.5f}", spent, evaluations)
+            loss = "drop" if config.signal == "task" else "KL"
+            run.session.progress(f"searching, best {loss} {best:.5f}", spent, evaluations)
             if run.loop is not None:
                 run.loop.after(candidate, problem)
 
@@ -304,7 +307,7 @@ def _cost_caption(session: Session) -> str:
 def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
     """Measure every allocation of the final table on held-out text; the agent's comes last."""
     from dmpq import agents
-    from dmpq.report import Row
+    from dmpq.report import Row, TaskRow
 
     session, config = run.session, run.config
     heldout = session.evaluator("heldout")
@@ -323,17 +326,19 @@ def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
     for name, (assignment, evaluations) in maps.items():
         measured = heldout.evaluate(problem.expand(assignment[None]))
         cost = problem.costs(assignment[None])
-        rows.append(
-            Row.of(
-                name,
-                bits=problem.effective_bits(assignment[None])[0],
-                kl=measured.kl[0],
-                nll=measured.nll[0],
-                cost=cost,
-                workload=problem.workload,
-                evaluations=evaluations,
-            )
+        row = Row.of(
+            name,
+            bits=problem.effective_bits(assignment[None])[0],
+            kl=measured.kl[0],
+            nll=measured.nll[0],
+            cost=cost,
+            workload=problem.workload,
+            evaluations=evaluations,
         )
+        if config.task is not None:
+            (metrics,) = _of_task(heldout).metrics(problem.expand(assignment[None]))
+            row = TaskRow.judged(row, metrics)
+        rows.append(row)
         session.progress("held-out text", len(rows), total)
     if config.engine is not None:
         rows[-1:-1] = _engine_rows(run, config.engine, problem, result)
@@ -356,7 +361,7 @@ def _engine_rows(run: _Run, engine: str, problem: Problem, result: SearchResult)
 
 def _full_row(session: Session, problem: Problem, heldout: ModelEvaluator) -> Row:
     """Return the row of full precision where the menu has none."""
-    from dmpq.report import Row
+    from dmpq.report import Row, TaskRow
 
     full = Menu.parse(UNIFORM["bf16"])
     cost = problem.hardware.cost(
@@ -366,7 +371,7 @@ def _full_row(session: Session, problem: Problem, heldout: ModelEvaluator) -> Ro
         problem.workload,
         inclusion=problem.profile.frequency,
     )
-    return Row.of(
+    row = Row.of(
         "bf16",
         bits=full.formats[0].bits,
         kl=0.0,
@@ -375,6 +380,17 @@ def _full_row(session: Session, problem: Problem, heldout: ModelEvaluator) -> Ro
         workload=session.workload,
         evaluations=0,
     )
+    if session.config.task is None:
+        return row
+    return TaskRow.judged(row, _of_task(heldout).full_metrics())
+
+
+def _of_task(heldout: ModelEvaluator) -> TaskEvaluator:
+    """Return the evaluator of a task as what it is."""
+    from dmpq.tasks.evaluator import TaskEvaluator
+
+    assert isinstance(heldout, TaskEvaluator)
+    return heldout
 
 
 def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) -> str:
@@ -440,10 +456,13 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
     if run.measured is not None:
         facts["measured_maps"] = run.measured.to_json()
     text = report.write_summary(run.path("summary.json"), rows, facts)
-    caption = (
-        f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out "
-        f"tokens;\nmemory, latency, energy {_cost_caption(session)}"
+    measured = (
+        f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out tokens"
+        if config.task is None
+        else f"KL (nats/answer) and metrics of {config.task} on "
+        f"{session.splits.heldout.shape[0]:,} held-out examples"
     )
+    caption = f"{measured};\nmemory, latency, energy {_cost_caption(session)}"
     run.console.print(report.table(rows, caption=caption, best=rows[-1].name, marked=too_large))
     if too_large:
         run.console.print(

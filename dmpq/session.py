@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dmpq.data import CalibrationText, Splits, Windows
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.moe import MoEModel
+    from dmpq.tasks.splits import TaskSplits
 
 GIGABYTE: Final = 1e9
 _LARGEST_WEIGHT: Final = 1e6
@@ -130,11 +131,17 @@ class Session:
         from dmpq.moe import load_model
 
         c = self.config
+        head: dict[str, str] = {}
+        if c.task is not None:
+            from dmpq.tasks.splits import TASKS
+
+            head["head"] = TASKS[c.task].head
         return load_model(
             c.model,
             revision=c.revision,
             device=c.device,
             trust_remote_code=c.trust_remote_code,
+            **head,
         )
 
     @property
@@ -142,9 +149,50 @@ class Session:
         """The model."""
         return self._loaded[0]
 
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._loaded[1]
+
     @cached_property
-    def splits(self) -> Splits:
-        """The text, cut into disjoint roles."""
+    def splits(self) -> Splits | TaskSplits:
+        """The text, or the task's examples, in disjoint roles."""
+        return self._text_splits() if self.config.task is None else self._task_splits()
+
+    @property
+    def text(self) -> Splits:
+        """The splits of a text, where no task is asked for."""
+        from dmpq.data import Splits
+
+        assert isinstance(self.splits, Splits)
+        return self.splits
+
+    def _task_splits(self) -> TaskSplits:
+        from dmpq.data import TokenRequest
+        from dmpq.tasks.splits import load_task_splits
+
+        c, (moe, tokenizer) = self.config, self._loaded
+        assert c.task is not None
+        saved = None if c.profile is None else self._saved_profile
+        return load_task_splits(
+            c.task,
+            c.dataset,
+            moe,
+            tokenizer,
+            tokens=TokenRequest(
+                c.profile_tokens if saved is None else 0,
+                c.search_tokens,
+                c.selection_tokens,
+                c.heldout_tokens,
+            ),
+            seed=c.seed,
+            length=c.sequence_length,
+            text_column=c.text_column,
+            label_column=c.label_column,
+            taken=None if saved is None else saved.drawn,
+        )
+
+    def _text_splits(self) -> Splits:
         from dmpq.data import TokenRequest, load_splits
 
         c, (moe, tokenizer) = self.config, self._loaded
@@ -261,32 +309,50 @@ class Session:
 
     def _calibration_windows(self) -> Windows | None:
         """Return the windows of :attr:`calibrated_by`."""
+        import numpy as np
+
         from dmpq.data import redrawn
 
         text, tokenizer = self.calibrated_by, self._loaded[1]
         if text is None:
             return None
         own = self.calibration is None and self.config.profile is None
-        return self.splits.profile if own else redrawn(text.dataset, tokenizer, text.draw)
+        windows = self.splits.profile if own else redrawn(text.dataset, tokenizer, text.draw)
+        if not isinstance(windows, np.ndarray):
+            raise InputError(
+                f"The quantizer {self.menu.quantizer!r} is calibrated by text, and --task "
+                f"{self.config.task} gives examples; quantize by rtn or hqq."
+            )
+        return windows
 
     def evaluator(self, split: str) -> ModelEvaluator:
         """Return the evaluator on one role's text: profile, search, selection or heldout."""
         from dmpq.model_evaluator import ModelEvaluator
 
         windows = getattr(self.splits, split)
-        return ModelEvaluator(self.bank, windows, label=split, journal=self.journal)
+        if self.config.task is None:
+            return ModelEvaluator(self.bank, windows, label=split, journal=self.journal)
+        from dmpq.tasks.evaluator import MetricEvaluator, TaskEvaluator
+
+        by_metric = self.config.signal == "task" and split in ("search", "selection")
+        kind = MetricEvaluator if by_metric else TaskEvaluator
+        return kind(self.bank, windows, label=split, journal=self.journal)
 
     def further(self, tokens: int | None = None) -> Sequence[Evaluator]:
         """Return evaluators on pieces of the further text; none where there is no whole piece.
+
+        Of a task's examples there are none: data sets of tasks are small.
 
         Args:
             tokens: Of a piece; ``None`` for the default.
         """
         from dmpq.further_text import PIECE_TOKENS, FurtherText
 
+        if self.config.task is not None:
+            return ()
         return FurtherText(
             self.bank,
-            self.splits.further,
+            self.text.further,
             tokens=PIECE_TOKENS if tokens is None else tokens,
             journal=self.journal,
         )
@@ -307,7 +373,7 @@ class Session:
             text=self.splits.source,
             drawn=self.splits.drawn,
             projections=self.config.serve == "projection",
-            signal=self.config.signal,  # type: ignore[arg-type]
+            signal=self.config.profile_signal,  # type: ignore[arg-type]
             progress=lambda done, total: self.progress("profiling", done, total),
         )
 
@@ -322,10 +388,11 @@ class Session:
                 f"({profile.menu.quantizer}), the search asks for {','.join(self.menu.keys)} "
                 f"({self.menu.quantizer}); give the same --bits and --quantizer."
             )
-        if profile.signal != self.config.signal:
+        asked = self.config.profile_signal
+        if profile.signal != asked:
             raise InputError(
                 f"The profile {path} has its sensitivities from {_SIGNALS[profile.signal]}, the "
-                f"search asks for {_SIGNALS[self.config.signal]}; give --signal {profile.signal}, "
+                f"search asks for {_SIGNALS[asked]}; give --signal {profile.signal}, "
                 "or leave --profile out."
             )
         if profile.fingerprint != self.moe.fingerprint:
@@ -361,6 +428,11 @@ class Session:
         """
         c = self.config
         measured: dict[str, Any] = {} if evaluator is None else {"evaluator": evaluator}
+        if c.signal == "task" and evaluator is not None:
+            from dmpq.tasks.evaluator import MetricEvaluator
+
+            assert isinstance(evaluator, MetricEvaluator)
+            profile = evaluator.in_its_unit(profile)
         return Problem(
             profile=profile,
             hardware=self.hardware,

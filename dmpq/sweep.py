@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.config import SearchConfig, add_options, from_arguments
+from dmpq.config import TASK_OPTIONS, SearchConfig, add_options, from_arguments
 from dmpq.console import (
     CommandParser,
     exit_code,
@@ -66,7 +66,7 @@ _DEFAULT: Final = "lat=0,0.03,0.1,0.3,1,3"
 _MOST: Final = 100
 _UNLIMITED: Final = 16.0
 _LIMITS: Final = ("avg_bits", "memory_gb", "latency_ms", "energy_j")
-_LEFT_OUT: Final = ("policy", "engine", "explain", "measure_every")
+_LEFT_OUT: Final = (*TASK_OPTIONS, "policy", "engine", "explain", "measure_every")
 _WRITTEN: Final = frozenset({"journal.jsonl", "profile.safetensors", "sweep.csv", "sweep.png"})
 
 _KNAPSACK: Final = "mckp"

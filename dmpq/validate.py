@@ -21,6 +21,7 @@ from dmpq.errors import InputError
 
 if TYPE_CHECKING:
     from dmpq.bitmap import BitMap
+    from dmpq.session import Session
 
 _RELATIVE_TOLERANCE: Final = 1e-3
 """Matrix products round differently on another machine."""
@@ -45,6 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dataset", help="text (default: the map's own)")
     parser.add_argument("--heldout-tokens", type=int, help="default: as many as the map's own")
     parser.add_argument("--sequence-length", type=int, help="default: the map's own")
+    parser.add_argument(
+        "--harness",
+        metavar="TASKS",
+        help="also ask tasks of lm-evaluation-harness, as in hellaswag,arc_easy, under the map "
+        "and at full precision",
+    )
+    parser.add_argument("--harness-limit", type=int, metavar="N", help="examples per such task")
     parser.add_argument("--device", default=defaults["device"])
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args(argv)
@@ -60,7 +68,31 @@ def _validated(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     found = replay(bitmap, arguments)
     claimed = {**bitmap.metrics["predicted"], **bitmap.metrics["measured"]}
-    return _compare(claimed, found, plain_console())
+    console = plain_console()
+    code = _compare(claimed, found, console)
+    if arguments.harness is not None:
+        _show_harness(bitmap, arguments, console)
+    return code
+
+
+def _show_harness(bitmap: BitMap, arguments: argparse.Namespace, console: Any) -> None:
+    """Print what the harness's tasks score at full precision and under the map."""
+    from dmpq.harness import harness_scores
+
+    session = _session(bitmap, arguments)
+    if session.config.task is not None:
+        raise InputError(
+            f"--harness asks a language model, and {session.config.model} is one for "
+            f"{session.config.task}; leave it out."
+        )
+    tasks = [name.strip() for name in arguments.harness.split(",") if name.strip()]
+    tokenizer = session.tokenizer
+    chosen = bitmap.to_assignment(session.moe.spec)
+    limit = arguments.harness_limit
+    full = harness_scores(session.bank, tokenizer, None, tasks, limit=limit)
+    own = harness_scores(session.bank, tokenizer, chosen, tasks, limit=limit)
+    for name, value in own.items():
+        console.print(f"  {name:<32} {full[name]:.4f} at full precision, {value:.4f} by the map")
 
 
 def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
@@ -73,8 +105,11 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
     Raises:
         InputError: If the map was made for other weights, or cannot be evaluated.
     """
-    import numpy as np
+    return _replayed(bitmap, _session(bitmap, arguments))
 
+
+def _session(bitmap: BitMap, arguments: argparse.Namespace) -> Session:
+    """Return the session that a map was made in, as far as the options leave it."""
     from dmpq.data import CalibrationText
     from dmpq.session import Session, prepare
 
@@ -97,7 +132,11 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         batch=workload["batch"],
         context=workload["context"],
         heldout_tokens=text["heldout_tokens"],
-        sequence_length=text["sequence_length"],
+        # Of a task it is the longest example's, and no example is cut.
+        sequence_length=None if "task" in text else text["sequence_length"],
+        task=text.get("task"),
+        text_column=text.get("text_column"),
+        label_column=text.get("label_column"),
         device=arguments.device,
         threads=arguments.threads,
         tdp_w=arguments.tdp_w,
@@ -114,9 +153,24 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
             f"The bit map was made for weights {bitmap.model['fingerprint'][:12]}..., "
             f"{config.model} has {session.moe.fingerprint[:12]}...; give the right --model."
         )
+    return session
+
+
+def _replayed(bitmap: BitMap, session: Session) -> dict[str, float]:
+    import numpy as np
+
+    config = session.config
     spec = session.moe.spec
     assignment = bitmap.to_assignment(spec)[None]
-    heldout = session.evaluator("heldout").evaluate(assignment)
+    evaluator = session.evaluator("heldout")
+    heldout = evaluator.evaluate(assignment)
+    quality = {"heldout_perplexity": float(heldout.perplexity[0])}
+    if config.task is not None:
+        from dmpq.tasks.evaluator import TaskEvaluator
+
+        assert isinstance(evaluator, TaskEvaluator)
+        (judged,) = evaluator.metrics(assignment)
+        quality = {f"heldout_{name}": value for name, value in judged.items()}
     formats = assignment.reshape(spec.num_experts, -1)
     per_projection = spec.stored_bits(bitmap.menu)
     stored = np.take_along_axis(
@@ -129,7 +183,7 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
         "effective_bits": float(stored.sum()) / spec.expert_parameters,
         "memory": float(cost.memory_bytes[0]),
         "heldout_kl": float(heldout.kl[0]),
-        "heldout_perplexity": float(heldout.perplexity[0]),
+        **quality,
     }
 
 

@@ -1,0 +1,226 @@
+"""A task's examples as an evaluator reads them: encoded, padded, and in fixed batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from dmpq.moe import MoEModel
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example, encoded.
+
+    Attributes:
+        ids: Token ids, without padding.
+        at: Positions that matter: where labels are read, or where a span may lie; empty where
+            the head gives one row for the whole example.
+        targets: The right answer of each row.
+        reference: What the metrics compare with, as JSON can hold it.
+    """
+
+    ids: tuple[int, ...]
+    at: tuple[int, ...]
+    targets: tuple[int, ...]
+    reference: Any
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What encoding needs of a model.
+
+    Attributes:
+        tokenizer: A fast Hugging Face tokenizer.
+        labels: Name → class of the model's head.
+        classes: Number of classes.
+        longest: Tokens that an example may have.
+    """
+
+    tokenizer: Any
+    labels: Mapping[str, int]
+    classes: int
+    longest: int
+
+
+class Task(Protocol):
+    """What is asked of a model, how a row of data is put to it, and how answers are judged."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """What encoding needs of the model."""
+
+    name: ClassVar[str]
+    """As ``--task`` spells it."""
+    head: ClassVar[str]
+    """Of which kind the model is: a key of :data:`dmpq.moe.HEADS`."""
+    metric: ClassVar[str]
+    """The metric whose drop ``--signal task`` searches by."""
+    metrics: ClassVar[tuple[str, ...]]
+    """What is reported, each in percent."""
+
+    def columns(
+        self, names: Sequence[str], *, text: str | None, label: str | None, where: str
+    ) -> Mapping[str, str]:
+        """Return which column of a table serves which purpose."""
+
+    def encode(self, row: Mapping[str, Any]) -> Example:
+        """Return one row of data, its values by purpose, as the model reads it."""
+
+    def rows(self, output: Any, batch: TaskBatch) -> torch.Tensor:
+        """Return the rows of a model's output that are compared, (R, classes)."""
+
+    def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[Any]:
+        """Return what the model answers to each example, given its rows."""
+
+    def judge(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
+        """Return the metrics of answers, by name, in percent."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskBatch:
+    """Examples padded on the right to one length, with what is compared.
+
+    Attributes:
+        task: Which rows are read, and how.
+        examples: In the order of the batch.
+        ids: int64 (sequences, length).
+        mask: int64 (sequences, length), 0 where padding is.
+        targets: int64 (R, 1).
+    """
+
+    task: Task
+    examples: tuple[Example, ...]
+    ids: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, task: Task, examples: Sequence[Example], *, pad: int, device: torch.device
+    ) -> TaskBatch:
+        """Return examples as one batch.
+
+        Args:
+            task: Of the examples.
+            examples: One or more.
+            pad: Id of the padding token.
+            device: Where the model is.
+        """
+        length = max(len(example.ids) for example in examples)
+        ids = torch.full((len(examples), length), pad, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            mask[row, : len(example.ids)] = 1
+        targets = [target for example in examples for target in example.targets]
+        right = torch.tensor(targets, dtype=torch.int64)[:, None]
+        return cls(task, tuple(examples), ids.to(device), mask.to(device), right.to(device))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def rows(self) -> int:
+        """One of each answer."""
+        return len(self.targets)
+
+    @property
+    def predicted(self) -> int:
+        """All: every example has its right answers."""
+        return len(self.targets)
+
+    def logits(self, moe: MoEModel) -> torch.Tensor:
+        """See :meth:`dmpq.batches.Batch.logits`."""
+        output = moe.model(input_ids=self.ids, attention_mask=self.mask, use_cache=False)
+        return self.task.rows(output, self).float()
+
+    def answered(self, values: torch.Tensor) -> torch.Tensor:
+        """Return all: every row has a right answer."""
+        return values
+
+    def loss(self, logits: torch.Tensor, *, reduction: str) -> torch.Tensor:
+        """See :meth:`dmpq.batches.Batch.loss`."""
+        return functional.cross_entropy(logits, self.targets[:, 0], reduction=reduction)
+
+    def real(self, values: torch.Tensor) -> torch.Tensor:
+        """See :meth:`dmpq.batches.Batch.real`."""
+        return values[self.mask.flatten() == 1]
+
+    def at(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sequence and position of all that matters, each (R,)."""
+        pairs = [(row, at) for row, one in enumerate(self.examples) for at in one.at]
+        rows, places = torch.tensor(pairs, device=self.ids.device).T
+        return rows, places
+
+    def repeat(self, copies: int) -> TaskBatch:
+        """See :meth:`dmpq.batches.Batch.repeat`."""
+        parts = (self.ids, self.mask, self.targets)
+        return TaskBatch(self.task, self.examples * copies, *(x.repeat(copies, 1) for x in parts))
+
+    def split(self) -> Sequence[TaskBatch]:
+        """See :meth:`dmpq.batches.Batch.split`."""
+        device = self.ids.device
+        return [TaskBatch.of(self.task, [one], pad=0, device=device) for one in self.examples]
+
+    def probe(self) -> TaskBatch:
+        """See :meth:`dmpq.batches.Batch.probe`."""
+        return self.split()[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Encoded examples of one task: what an evaluator measures on.
+
+    Attributes:
+        task: Of the examples.
+        examples: Encoded.
+        pad: Id of the padding token.
+    """
+
+    task: Task
+    examples: tuple[Example, ...]
+    pad: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all examples."""
+        return sum(len(example.ids) for example in self.examples)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of examples, and tokens of the longest."""
+        return len(self.examples), max((len(one.ids) for one in self.examples), default=0)
+
+    def batches(self, moe: MoEModel, *, tokens: int) -> Sequence[TaskBatch]:
+        """Return fixed batches of examples of like length, in random order.
+
+        Like lengths need little padding, and by the random order the first batches, which are all
+        that a lower fidelity reads, are no short ones.
+        """
+        groups: list[list[Example]] = []
+        for example in sorted(self.examples, key=lambda one: len(one.ids)):
+            if not groups or (len(groups[-1]) + 1) * len(example.ids) > tokens:
+                groups.append([])
+            groups[-1].append(example)
+        order = np.random.default_rng(0).permutation(len(groups))
+        device = moe.model.device
+        return [
+            TaskBatch.of(self.task, groups[i], pad=self.pad, device=device) for i in order.tolist()
+        ]
+
+    def identity(self) -> tuple[str, bytes]:
+        """See :meth:`dmpq.batches.Text.identity`."""
+        content = [(one.ids, one.at, one.targets, one.reference) for one in self.examples]
+        return f"{self.task.name}{len(self)}", json.dumps(content).encode()

@@ -1,0 +1,200 @@
+"""A task's examples in disjoint roles: profile, search, selection, held-out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+
+from dmpq.data import Draw, TokenRequest
+from dmpq.errors import InputError
+from dmpq.moe import MoEModel
+from dmpq.tasks.classification import Classification
+from dmpq.tasks.columns import renamed
+from dmpq.tasks.entities import TokenClassification
+from dmpq.tasks.examples import Encoder, Example, Examples, Task
+from dmpq.tasks.questions import QuestionAnswering
+from dmpq.tasks.tables import Row, Tables, read_tables
+from dmpq.tasks.translation import Translation
+
+TASKS: Final[Mapping[str, Any]] = {
+    kind.name: kind
+    for kind in (Classification, TokenClassification, QuestionAnswering, Translation)
+}
+"""Every task by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskSplits:
+    """Disjoint examples; the roles are those of :class:`dmpq.data.Splits`.
+
+    Attributes:
+        profile: For the experts' statistics and sensitivities.
+        search: For the search's evaluations.
+        selection: For the final choice among candidates.
+        heldout: For what is reported.
+        source: What the examples are, in words.
+        drawn: The examples of ``profile``, each a window of one.
+    """
+
+    profile: Examples
+    search: Examples
+    selection: Examples
+    heldout: Examples
+    source: str
+    drawn: Draw
+
+
+def encoder_of(moe: MoEModel, tokenizer: Any, *, longest: int | None) -> Encoder:
+    """Return what encoding needs of a model.
+
+    Args:
+        moe: The model.
+        tokenizer: Its tokenizer.
+        longest: Tokens that an example may have; ``None`` for the model's own limit.
+
+    Raises:
+        InputError: If the tokenizer cannot say where its tokens stand, or cannot pad.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"The tokenizer of {moe.name} cannot tell where in a text its tokens stand; give the "
+            "model a fast one (tokenizer.json)."
+        )
+    if pad_of(moe, tokenizer) is None:
+        raise InputError(
+            f"The tokenizer of {moe.name} has no token for padding; set pad_token in its "
+            "tokenizer_config.json."
+        )
+    config = moe.model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    known = [one for one in (limit, longest) if one is not None]
+    return Encoder(
+        tokenizer,
+        {str(name): int(number) for name, number in config.label2id.items()},
+        int(config.num_labels),
+        min(known) if known else 2**31,
+    )
+
+
+def pad_of(moe: MoEModel, tokenizer: Any) -> int | None:
+    """Return the padding token: the model's, else the tokenizer's, which the model then takes.
+
+    A model for sequence classification finds the last token of a text by it.
+    """
+    config = moe.model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    found: int | None = config.pad_token_id
+    return found
+
+
+def load_task_splits(
+    name: str,
+    dataset: str,
+    moe: MoEModel,
+    tokenizer: Any,
+    *,
+    tokens: TokenRequest,
+    seed: int,
+    length: int | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    taken: Draw | None = None,
+) -> TaskSplits:
+    """Return examples for every role.
+
+    Calibration examples are drawn at random by ``seed``. Data sets of tasks are small: where one
+    has fewer tokens than all roles ask for, each gets its share of what there is. Held-out
+    examples are always the same, all of them or the first of a fixed random order.
+
+    Args:
+        name: Of the task.
+        dataset: As in :func:`dmpq.tasks.tables.read_tables`.
+        moe: The model, with the task's head.
+        tokenizer: Its tokenizer.
+        tokens: Number of tokens per role.
+        seed: Draws the calibration examples.
+        length: Tokens that an example may have; ``None`` for the model's own limit.
+        text_column: Of the texts; ``None`` for the usual names.
+        label_column: Of the labels; ``None`` for the usual names.
+        taken: What an earlier draw from the same data has used; no role gets any of it.
+
+    Raises:
+        InputError: If the data cannot be read, or does not suit the model.
+    """
+    task: Task = TASKS[name](encoder_of(moe, tokenizer, longest=length))
+    pad = pad_of(moe, tokenizer)
+    assert pad is not None
+    tables = read_tables(dataset)
+    columns = task.columns(tables.columns, text=text_column, label=label_column, where=dataset)
+    pool = _encoded(task, tables.calibration, columns, tables)
+    digest = hashlib.sha256(Examples(task, tuple(pool), pad).identity()[1]).hexdigest()
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(pool))
+    if taken is not None and taken.stream == digest:
+        order = order[~np.isin(order, taken.windows)]
+    asked = (tokens.profile, tokens.search, tokens.selection)
+    roles = _dealt([len(pool[i].ids) for i in order], asked)
+    parts = [order[start:end] for start, end in roles]
+    for role, part, wanted in zip(("profile", "search", "selection"), parts, asked, strict=True):
+        if wanted and not len(part):
+            raise InputError(
+                f"The data {dataset!r} has too few calibration examples ({len(order)}) to give "
+                f"the {role} any; give more."
+            )
+    rest = _encoded(task, tables.heldout, columns, tables)
+    fixed = np.random.default_rng(0).permutation(len(rest))
+    ((_, end),) = _dealt([len(rest[i].ids) for i in fixed], (tokens.heldout,))
+    heldout = [rest[i] for i in np.sort(fixed[:end])]
+    profile, search, selection, held = (
+        Examples(task, tuple(some), pad)
+        for some in (*([pool[i] for i in part] for part in parts), heldout)
+    )
+    return TaskSplits(
+        profile=profile,
+        search=search,
+        selection=selection,
+        heldout=held,
+        source=f"{tables.source}; examples: {len(profile):,} profile, {len(search):,} search, "
+        f"{len(selection):,} selection, {len(held):,} held-out",
+        drawn=Draw(digest, 1, tuple(sorted(parts[0].tolist()))),
+    )
+
+
+def _dealt(lengths: Sequence[int], asked: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first and last-plus-one example of each role, in turn.
+
+    Args:
+        lengths: Tokens of each example.
+        asked: Tokens of each role; shrunk to the same share each where there are not so many.
+    """
+    have, want = sum(lengths), sum(asked)
+    share = min(1.0, have / want) if want else 1.0
+    ends = np.cumsum([0, *lengths])
+    bounds = [int(np.searchsorted(ends, share * upto)) for upto in np.cumsum([0, *asked])]
+    bounds = [min(bound, len(lengths)) for bound in bounds]
+    return list(pairwise(bounds))
+
+
+def _encoded(
+    task: Task, rows: Sequence[Row], columns: Mapping[str, str], tables: Tables
+) -> list[Example]:
+    names = {
+        purpose: tables.classes[column]
+        for purpose, column in columns.items()
+        if column in tables.classes and set(tables.classes[column]) <= set(task.encoder.labels)
+    }
+    return [task.encode(_spoken(renamed(row, columns), names)) for row in rows]
+
+
+def _spoken(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return a row with the names of its numbered classes, which the model's head has too."""
+    for purpose, known in names.items():
+        value = row[purpose]
+        row[purpose] = [known[one] for one in value] if isinstance(value, list) else known[value]
+    return row

@@ -14,6 +14,10 @@ from dmpq.console import CommandParser, exit_code, plain_console, progress_bars,
 from dmpq.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from dmpq.bitmap import BitMap
     from dmpq.checkpoint import Checkpoint
     from dmpq.quantized_checkpoint import QuantizedCheckpoint
@@ -142,8 +146,15 @@ def apply(
     from dmpq.quantized_checkpoint import QuantizedCheckpoint
 
     console = plain_console()
-    made = QuantizedCheckpoint(bitmap, source, largest_shard)
-    uniform = QuantizedCheckpoint(uniform8(bitmap), source, largest_shard)
+    calibrated = bitmap.menu.method.calibrated
+    if calibrated and max_memory is not None:
+        raise InputError(
+            f"The map's quantizer {bitmap.menu.quantizer!r} is calibrated by a forward of the "
+            "loaded model, which --max-memory does not bound; leave it out."
+        )
+    factors = calibration_factors(bitmap, source) if calibrated else None
+    made = QuantizedCheckpoint(bitmap, source, largest_shard, factors)
+    uniform = QuantizedCheckpoint(uniform8(bitmap), source, largest_shard, factors)
     if max_memory is not None:
         made.check_memory(max_memory)
     spec, search = source.moe.spec, bitmap.search
@@ -173,6 +184,33 @@ def apply(
         f"\nwrote {folder}: {on_disk:,} bytes of weights, predicted {made.num_bytes:,}",
         soft_wrap=True,
     )
+
+
+def calibration_factors(
+    bitmap: BitMap, source: Checkpoint
+) -> Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]:
+    """Calibrate a map's quantizer again, by the text that the map names.
+
+    Args:
+        bitmap: Of a calibrated quantizer.
+        source: The checkpoint; the model is loaded for one forward.
+
+    Returns:
+        What :attr:`dmpq.quantized_checkpoint.QuantizedCheckpoint.factors` takes.
+
+    Raises:
+        InputError: If the text is another by now, or cannot be read.
+    """
+    from dmpq.calibration import Calibration
+    from dmpq.data import CalibrationText, redrawn
+    from dmpq.moe import load_model
+
+    told = bitmap.calibration
+    assert told is not None  # a valid map of a calibrated quantizer has it
+    text = CalibrationText.from_json(told)
+    moe, tokenizer = load_model(source.name, revision=source.moe.revision)
+    windows = redrawn(text.dataset, tokenizer, text.draw)
+    return Calibration(moe, windows, bitmap.menu.method).factors
 
 
 def uniform8(bitmap: BitMap) -> BitMap:

@@ -13,10 +13,11 @@ from typing import Any, Final, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dmpq.errors import InputError
 from dmpq.experts import Experts, run_stacked
-from dmpq.formats import Format, Menu
+from dmpq.formats import COMPENSATOR_BITS, Format, Menu, compensator_format
 from dmpq.pruning import renormalised
 from dmpq.quantization import QuantizedTensor, pack_codes, unpack_codes
 from dmpq.spec import MoELayer
@@ -26,7 +27,10 @@ CHILD: Final = "packed"
 """Name of the module inside an experts container."""
 SIDES: Final = ("gate_up", "down")
 WEIGHT: Final = "weight"
-_CODES_PER_BYTE_RUN: Final = 8
+_FACTORS: Final = ("left", "right")
+"""A compensator's, in the order of :attr:`dmpq.quantization.QuantizedTensor.compensator`."""
+_RUN: Final = 8
+"""Codes that fill whole bytes at every width."""
 _MOST_DEQUANTIZED: Final = 256 << 20
 """Bytes of weights that are dequantized at once."""
 
@@ -48,13 +52,14 @@ class PackedLayer:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        for shape in (self.layer.gate_up_shape, self.layer.down_shape):
-            if shape[1] % _CODES_PER_BYTE_RUN:
-                raise InputError(
-                    f"{self.layer.path} has matrices of {shape[1]} inputs, which is no multiple "
-                    f"of {_CODES_PER_BYTE_RUN}, so that codes do not fill bytes; such a model "
-                    "cannot be packed."
-                )
+        for out, inputs in (self.layer.gate_up_shape, self.layer.down_shape):
+            for width in (inputs, out) if self.menu.method.rank else (inputs,):
+                if width % _RUN:
+                    raise InputError(
+                        f"{self.layer.path} has matrices of {out} by {inputs}, and {width} is no "
+                        f"multiple of {_RUN}, so that codes do not fill bytes; such a model "
+                        "cannot be packed."
+                    )
 
     def members(self, side: int) -> dict[str, list[int]]:
         """Return the experts of each format that stores something, in order."""
@@ -73,16 +78,15 @@ class PackedLayer:
     def parts(self, side: int, key: str, count: int) -> dict[str, TensorInfo]:
         """Return what is stored of so many experts in a format."""
         out, inputs = (self.layer.gate_up_shape, self.layer.down_shape)[side]
-        fmt = Format.parse(key)
+        fmt, rank = Format.parse(key), self.menu.method.rank
         if fmt.is_full:
             return {WEIGHT: TensorInfo(self.dtype, (count, out, inputs))}
-        groups = inputs // fmt.group_along(inputs)
-        parts = {
-            "codes": TensorInfo(torch.uint8, (count, out, inputs * fmt.bits // 8)),
-            "scale": TensorInfo(torch.float16, (count, out, groups)),
-        }
-        if not self.menu.symmetric:
-            parts["zero"] = TensorInfo(torch.float16, (count, out, groups))
+        parts = _matrix_parts((out, inputs), fmt, self.menu, count)
+        if rank:
+            for name, width in zip(_FACTORS, (out, inputs), strict=True):
+                shape, own = (rank, width), compensator_format(width)
+                found = _matrix_parts(shape, own, self.menu, count)
+                parts |= {f"{name}_{part}": info for part, info in found.items()}
         return parts
 
     def tensors(self) -> dict[str, TensorInfo]:
@@ -100,17 +104,71 @@ def tensor_name(path: str, side: int, key: str, part: str) -> str:
     return f"{path}.{CHILD}.{SIDES[side]}.{key}.{part}"
 
 
+def _matrix_parts(
+    shape: tuple[int, int], fmt: Format, menu: Menu, count: int
+) -> dict[str, TensorInfo]:
+    """Return what is stored of so many quantized matrices (out, in)."""
+    out, inputs = shape
+    groups = inputs // fmt.group_along(inputs)
+    parts = {
+        "codes": TensorInfo(torch.uint8, (count, out, inputs * fmt.bits // 8)),
+        "scale": TensorInfo(torch.float16, (count, out, groups)),
+    }
+    if menu.symmetric:
+        return parts
+    if menu.method.integer_zero:
+        runs = -(-out * groups // _RUN)
+        return parts | {"zero": TensorInfo(torch.uint8, (count, runs * fmt.bits))}
+    return parts | {"zero": TensorInfo(torch.float16, (count, out, groups))}
+
+
 def stored_parts(
-    weight: torch.Tensor, quantized: QuantizedTensor | None
+    weight: torch.Tensor, quantized: QuantizedTensor | None, menu: Menu
 ) -> dict[str, torch.Tensor]:
-    """Return what is stored of one expert's matrix: its parts, or itself where not quantized."""
+    """Return what is stored of one expert's matrix: its parts, or itself where not quantized.
+
+    Args:
+        weight: (out, in), the matrix as the checkpoint has it.
+        quantized: The same, quantized; ``None`` to keep it.
+        menu: Says how zero-points are stored.
+    """
     if quantized is None:
         return {WEIGHT: weight}
-    parts = {
-        "codes": pack_codes(quantized.codes, quantized.format.bits),
-        "scale": quantized.scale,
-    }
-    return parts if quantized.zero is None else {**parts, "zero": quantized.zero}
+    bits = quantized.format.bits
+    parts = {"codes": pack_codes(quantized.codes, bits), "scale": quantized.scale}
+    if quantized.zero is not None:
+        zero = quantized.zero
+        parts["zero"] = _packed_zeros(zero, bits) if menu.method.integer_zero else zero
+    for name, factor in zip(_FACTORS, quantized.compensator or (), strict=False):
+        own = stored_parts(weight, factor, menu)
+        parts |= {f"{name}_{part}": values for part, values in own.items()}
+    return parts
+
+
+def _packed_zeros(zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack a matrix's zero-points, which are codes, as one stream."""
+    flat = zero.flatten().to(torch.uint8)
+    return pack_codes(functional.pad(flat, (0, -len(flat) % _RUN)), bits)
+
+
+def read_parts(parts: Mapping[str, torch.Tensor], fmt: Format) -> QuantizedTensor:
+    """Undo :func:`stored_parts` of a quantized matrix."""
+    scale, zero = parts["scale"], parts.get("zero")
+    if zero is not None and not zero.is_floating_point():
+        flat = unpack_codes(zero, fmt.bits)[: scale.numel()]
+        zero = flat.reshape(scale.shape).half()
+    factors = []
+    for name in _FACTORS:
+        own = {
+            part.removeprefix(f"{name}_"): values
+            for part, values in parts.items()
+            if part.startswith(f"{name}_")
+        }
+        if own:
+            width = own["codes"].shape[-1] * 8 // COMPENSATOR_BITS
+            factors.append(read_parts(own, compensator_format(width)))
+    pair = (factors[0], factors[1]) if factors else None
+    return QuantizedTensor(unpack_codes(parts["codes"], fmt.bits), scale, zero, fmt, pair)
 
 
 class _Stack(nn.Module):
@@ -124,12 +182,10 @@ class _Stack(nn.Module):
 
     def weights(self, place: int, dtype: torch.dtype) -> torch.Tensor:
         """Return one expert's weights, (out, in)."""
-        own = dict(self.named_buffers())
+        own = {name: buffer[place] for name, buffer in self.named_buffers()}
         if self.fmt.is_full:
-            return own[WEIGHT][place].to(dtype)
-        zero = own["zero"][place] if "zero" in own else None
-        codes = unpack_codes(own["codes"][place], self.fmt.bits)
-        return QuantizedTensor(codes, own["scale"][place], zero, self.fmt).dequantize(dtype)
+            return own[WEIGHT].to(dtype)
+        return read_parts(own, self.fmt).dequantize(dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move, but never cast: in another float type scales would be other scales."""

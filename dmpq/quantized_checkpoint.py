@@ -57,16 +57,25 @@ class QuantizedCheckpoint:
         bitmap: The map.
         source: The checkpoint that the map was made for.
         largest_shard: Bytes of a file, at most, unless a single tensor is larger.
+        factors: Gives what calibrates an expert, by the layer's ordinal and its index there
+            (:meth:`dmpq.calibration.Calibration.factors`); only where the map's quantizer is
+            calibrated.
 
     Raises:
-        InputError: If the map is of other experts.
+        InputError: If the map is of other experts, or its quantizer lacks what calibrates it.
     """
 
     bitmap: BitMap
     source: Checkpoint
     largest_shard: int = LARGEST_SHARD
+    factors: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def __post_init__(self) -> None:
+        if self.bitmap.menu.method.calibrated and self.factors is None:
+            raise InputError(
+                f"The map's quantizer {self.bitmap.menu.quantizer!r} is calibrated, and nothing "
+                "calibrates it here; give the factors of its calibration."
+            )
         self.source.keep([layer.path for layer in self.bitmap.geometry.moe_layers])
         self.bitmap.to_assignment(self.source.moe.spec)
 
@@ -262,14 +271,30 @@ class QuantizedCheckpoint:
         self, experts: Experts, layer: PackedLayer
     ) -> Iterator[tuple[str, int, torch.Tensor]]:
         """Yield what is stored of each expert: the tensor, its row there, and its values."""
-        for side, name in enumerate(SIDES):
-            for key, members in layer.members(side).items():
-                fmt = Format.parse(key)
-                for row, index in enumerate(members):
-                    weight = self.source.expert(experts, name, index)
-                    quantized = None if fmt.is_full else quantize(weight, fmt, layer.menu)
-                    for part, values in stored_parts(weight, quantized).items():
-                        yield tensor_name(experts.path, side, key, part), row, values
+        number = [c.path for c, _ in self.layers].index(experts.path)
+        rows = [
+            {
+                e: (key, row)
+                for key, members in layer.members(side).items()
+                for row, e in enumerate(members)
+            }
+            for side in range(len(SIDES))
+        ]
+        for index in range(experts.num_experts):
+            factors = None
+            if self.factors is not None:
+                factors = self.factors(number, index)
+            for side, name in enumerate(SIDES):
+                if index not in rows[side]:
+                    continue  # pruned
+                key, row = rows[side][index]
+                fmt, weight = Format.parse(key), self.source.expert(experts, name, index)
+                quantized = None
+                if not fmt.is_full:
+                    factor = None if factors is None else factors[side]
+                    quantized = quantize(weight, fmt, layer.menu, factor=factor)
+                for part, values in stored_parts(weight, quantized, layer.menu).items():
+                    yield tensor_name(experts.path, side, key, part), row, values
 
     def _write_texts(
         self, folder: Path, shards: Mapping[str, Mapping[str, TensorInfo]], card: str

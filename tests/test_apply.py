@@ -20,11 +20,14 @@ from dmpq.apply import main
 from dmpq.bank import Bank
 from dmpq.bitmap import BitMap, assignment_from
 from dmpq.checkpoint import Checkpoint
+from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.formats import Menu
 from dmpq.moe import MoEModel, load_model, reference_path
-from dmpq.packed import PackedExperts
+from dmpq.packed import PackedExperts, PackedLayer
 from dmpq.quantized_checkpoint import QuantizedCheckpoint
+from dmpq.session import Session
+from dmpq.spec import MoELayer
 
 MENU = Menu.parse("0,2,3g16,4,8,16")
 FAMILIES = ["olmoe", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
@@ -83,7 +86,16 @@ def loaded(folder, ids, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("menu", [MENU, Menu.parse("2,3,4,8", quantizer="rtn", symmetric=True)])
+@pytest.mark.parametrize(
+    "menu",
+    [
+        MENU,
+        Menu.parse("2,3,4,8", quantizer="rtn", symmetric=True),
+        Menu.parse("2,3g8,4,8", quantizer="rtn"),
+        Menu.parse("2,3,4g8,16", quantizer="hqq+lr4"),
+    ],
+    ids=["hqq", "rtn-symmetric", "rtn", "hqq+lr4"],
+)
 def test_loaded_logits_are_the_evaluator_s_to_the_bit(family, menu, saved, tmp_path, token_ids):
     _, moe = saved(family)
     rng = np.random.default_rng(0)
@@ -123,6 +135,51 @@ def test_dequantized_weights_are_the_bank_s_to_the_bit(saved, tmp_path):
             for side in (0, 1):
                 assert torch.equal(own.weights(expert, side, torch.float32), wanted[side])
         start += layer.experts.num_experts
+
+
+@pytest.mark.parametrize("quantizer", ["hqq", "rtn", "rtn+lr2", "hqq+lr8"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_stored_parts_take_the_bits_that_the_menu_counts(quantizer, symmetric):
+    menu = Menu.parse("2,3,4g32,8,16", quantizer=quantizer, symmetric=symmetric)
+    layer = MoELayer("experts", 5, 2, 256, 128)
+    counted = [menu.stored_bits(shape) for shape in (layer.gate_up_shape, layer.down_shape)]
+    for place, key in enumerate(menu.keys):
+        packed = PackedLayer(layer, menu, ((key,) * 5, (key,) * 5), torch.bfloat16)
+        for side in (0, 1):
+            parts = packed.parts(side, key, 5)
+            stored = sum(info.num_bytes for info in parts.values())
+            # zero-points that are codes fill whole runs of eight, in up to three streams
+            assert 0 <= stored - 5 * counted[side][place] / 8 < 5 * 3 * 8
+
+
+def test_a_map_of_gptq_is_calibrated_again(tmp_path):
+    config = SearchConfig(
+        quantizer="gptq,affinity",
+        bits="2,3,4",
+        profile_tokens=1024,
+        search_tokens=128,
+        selection_tokens=0,
+        further_tokens=0,
+        heldout_tokens=128,
+    )
+    session = Session(config)
+    moe, menu = session.moe, session.menu
+    assignment = np.random.default_rng(0).integers(len(menu), size=moe.spec.num_experts)
+    bitmap = replace(
+        bitmap_of(moe, Menu.parse("2,3,4"), assignment, tmp_path),
+        menu=menu,
+        calibration=session.calibrated_by.to_json(),
+    )
+    bitmap.write(tmp_path / "bitmap.json")
+    with pytest.raises(InputError, match="nothing calibrates it here"):
+        QuantizedCheckpoint(bitmap, Checkpoint("reference"))
+    assert main([str(tmp_path / "bitmap.json"), "--out", str(tmp_path / "out")]) == 0
+    ids = torch.from_numpy(session.splits.heldout)
+    formats = np.repeat(assignment[:, None], 2, 1)
+    with torch.no_grad(), session.bank.attached():
+        session.bank.choose(formats[None])
+        wanted = moe.logits(ids)
+    assert torch.equal(loaded(tmp_path / "out", ids)[1], wanted)
 
 
 @pytest.fixture(scope="module")

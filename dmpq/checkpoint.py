@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -92,6 +92,7 @@ class Checkpoint:
     ) -> None:
         source, local = checkpoint_source(name, revision)
         self.name = name
+        self._remote_code = trust_remote_code
         self.folder = Path(source) if local else _downloaded(name, revision)
         try:
             config = AutoConfig.from_pretrained(
@@ -123,6 +124,22 @@ class Checkpoint:
         self._groups = self._grouped(model)
         self._check_complete(model)
         self._kept: tuple[str, torch.Tensor] | None = None
+
+    def tokenizer(self) -> Any:
+        """Return the checkpoint's tokenizer.
+
+        Raises:
+            InputError: If it has none that can be read.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=self._remote_code
+            )
+        except Exception as error:  # a damaged file raises whatever its reader raises
+            raise InputError(
+                f"The checkpoint {self.name} has no tokenizer that can be read "
+                f"({first_line(error)}); put it into the folder."
+            ) from error
 
     def _opened(self) -> dict[str, TensorFile]:
         """Return the file of each tensor on disk."""

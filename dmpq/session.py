@@ -144,6 +144,10 @@ class Session:
             **head,
         )
 
+    def take(self, moe: MoEModel, tokenizer: Any) -> None:
+        """Work on a model that is there already, or stands on the meta device."""
+        self.__dict__["_loaded"] = moe, tokenizer  # a cached property
+
     @property
     def moe(self) -> MoEModel:
         """The model."""

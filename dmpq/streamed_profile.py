@@ -7,6 +7,7 @@ profile of ``--signal gradient`` (:mod:`dmpq.profiling`), to rounding.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,12 @@ from dmpq.tensor_files import TensorFile, TensorFileWriter, TensorInfo
 
 BATCH_TOKENS: Final = 2048
 """Tokens of one forward, unless a window is longer."""
+_LOGITS: Final = 5
+"""Copies of a batch's logits in fp32 that the loss and its gradient take, at most."""
+_HIDDEN: Final = 60
+"""Vectors of the hidden width in fp32 per token that a layer takes, about."""
+_MATRICES: Final = 12
+"""Copies of an expert's larger matrix in fp32 that quantizing and running it take, at most."""
 _FLOATS: Final = ("hidden", "output", "gradient")
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +55,7 @@ def streamed_profile(
     *,
     text: str,
     drawn: Draw | None = None,
+    lot: int = BATCH_TOKENS,
     scratch: Path | None = None,
     progress: Progress = _silent,
 ) -> Profile:
@@ -59,6 +67,7 @@ def streamed_profile(
         windows: int64 (W, length), token ids.
         text: What the text is, in words.
         drawn: Which windows of it these are.
+        lot: Tokens of one forward, unless a window is longer.
         scratch: Folder for what the layers saw, 12 bytes per token, layer and hidden value; the
             system's own for temporary files where ``None``.
         progress: Called with a stage's name, steps done, and all steps.
@@ -72,7 +81,7 @@ def streamed_profile(
     statistics: list[tuple[float, ...]] = []
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         record = _Record(source, Path(folder), windows.size)
-        _run(StreamedModel(source), windows, record, sums, progress)
+        _run(StreamedModel(source), _lots(windows, lot), record, sums, progress)
         row = 0
         for number, experts in enumerate(source.moe.containers):
             saw = TensorFile(record.path(number))
@@ -175,14 +184,13 @@ class _Record:
 
 def _run(
     streamed: StreamedModel,
-    windows: Windows,
+    lots: Sequence[torch.Tensor],
     record: _Record,
     sums: ExpertSums,
     progress: Progress,
 ) -> None:
     """Run the model forward and backward over the text, a lot of windows after the other."""
     moe = streamed.source.moe
-    lots = _lots(windows)
     try:
         # Within, so that the hooks stand behind those that cast what was looked up.
         with streamed.streaming(record), embeddings_require_gradients(moe):
@@ -208,8 +216,62 @@ def _run(
         record.close()
 
 
-def _lots(windows: NDArray[np.int64]) -> Sequence[torch.Tensor]:
-    count = max(1, BATCH_TOKENS // windows.shape[1])
+def batch_tokens(source: Checkpoint, length: int, allowed: float | None) -> int:
+    """Return how many tokens a forward may have.
+
+    Args:
+        source: The checkpoint.
+        length: Tokens of a window.
+        allowed: Bytes beside the imports, by an estimate; ``None`` for no limit.
+
+    Raises:
+        InputError: If not even one window fits.
+    """
+    if allowed is None:
+        return BATCH_TOKENS
+    fixed, each = memory_needed(source)
+    tokens = int((allowed - fixed) // each) // length * length
+    if tokens < length:
+        raise InputError(
+            f"Streaming {source.name} takes about {(fixed + each * length) / 1e9:.2f} GB beside "
+            f"the imports with windows of {length} tokens, and --max-memory allows "
+            f"{allowed / 1e9:.2f}; allow more, or give a shorter --sequence-length."
+        )
+    return min(tokens, max(length, BATCH_TOKENS // length * length))
+
+
+def memory_needed(source: Checkpoint) -> tuple[float, float]:
+    """Return the bytes that streaming takes, and what each token of a batch adds; estimates.
+
+    The largest of what is there at one time: the output head or a decoder layer in fp32 beside
+    itself as stored, the table of embeddings, and one expert in fp32 in several copies.
+    """
+    spec, model = source.moe.spec, source.moe.model
+    experts = {id(weight) for one in source.moe.containers for weight in one.parameters}
+    tables = {
+        id(one.weight): one.weight.numel()
+        for one in (model.get_input_embeddings(), model.get_output_embeddings())
+        if one is not None
+    }
+    layers: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in experts | tables.keys():
+            number = next((part for part in name.split(".") if part.isdigit()), "")
+            layers[number] = layers.get(number, 0) + parameter.numel()
+    stored = source.dtype.itemsize
+    largest = max([*tables.values(), *layers.values()])
+    matrix = max(
+        math.prod(shape)
+        for layer in spec.moe_layers
+        for shape in (layer.gate_up_shape, layer.down_shape)
+    )
+    fixed = largest * (4 + stored) + matrix * 4 * _MATRICES
+    each = 4.0 * (_LOGITS * spec.vocab_size + _HIDDEN * spec.hidden_size)
+    return float(fixed), each
+
+
+def _lots(windows: NDArray[np.int64], tokens: int) -> Sequence[torch.Tensor]:
+    count = max(1, tokens // windows.shape[1])
     return list(torch.from_numpy(windows).split(count))
 
 

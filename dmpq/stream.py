@@ -1,0 +1,208 @@
+"""``python -m dmpq.stream``: a bit map for a checkpoint that is larger than memory.
+
+Experts are profiled by gradients without loading the model (:mod:`dmpq.streamed_profile`), and the
+map is judged by what the profile predicts: nothing is measured on held-out text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dmpq.config import TASK_OPTIONS, SearchConfig, add_options, from_arguments
+from dmpq.console import CommandParser, exit_code, plain_console, progress_bars, quiet_libraries
+from dmpq.errors import InputError
+from dmpq.guard import make_agent, run_agent
+from dmpq.provenance import bitmap_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dmpq.checkpoint import Checkpoint
+    from dmpq.profile import Profile
+    from dmpq.session import Progress, Session
+
+PROFILE: Final = "profile.safetensors"
+BITMAP: Final = "bitmap.json"
+_GIGABYTE: Final = 1e9
+_EXAMPLES: Final = """examples:
+  python -m dmpq.stream --model path/to/checkpoint --out big --max-memory 8
+  python -m dmpq.stream --model path/to/checkpoint --out big --avg-bits 2.5   # the profile is kept
+  python -m dmpq.apply big/bitmap.json --out big-3bit --max-memory 8
+"""
+_LEFT_OUT: Final = (
+    *TASK_OPTIONS,
+    *("profile", "signal", "search_tokens", "selection_tokens", "further_tokens"),
+    *("bank_memory_gb", "device", "measure_every", "tdp_w", "explain"),
+    *("engine", "policy"),
+)
+_OWN_DEFAULTS: Final = {
+    "agent": "mckp",
+    "evaluations": 1,
+    "weights": "acc=1",
+    "out": "runs/stream",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    return exit_code(
+        lambda: _streamed(arguments),
+        memory="see --max-memory, or ask for a shorter --sequence-length",
+        interrupted="Interrupted.",
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="python -m dmpq.stream",
+        description="Find a bit map for a checkpoint that is larger than memory.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, left_out=_LEFT_OUT)
+    parser.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="keep batches small enough for this much memory beside that of the imports, and "
+        "refuse what takes more",
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        metavar="FOLDER",
+        help="for what the layers saw: 12 bytes per token, layer and hidden value (default: the "
+        "system's folder for temporary files)",
+    )
+    parser.set_defaults(**_OWN_DEFAULTS)
+    return parser
+
+
+def _streamed(arguments: argparse.Namespace) -> int:
+    quiet_libraries()
+    config = replace(from_arguments(arguments), signal="gradient")
+    limit = arguments.max_memory
+    if limit is not None and not 0 < limit < float("inf"):
+        raise InputError(f"--max-memory is {limit}; give a positive number of GB.")
+    if arguments.scratch is not None and not arguments.scratch.is_dir():
+        raise InputError(f"There is no folder {arguments.scratch}; make it, or leave it out.")
+    stream(
+        config,
+        plain_console(),
+        max_memory=None if limit is None else limit * _GIGABYTE,
+        scratch=arguments.scratch,
+    )
+    return 0
+
+
+def stream(
+    config: SearchConfig,
+    console: Console,
+    *,
+    max_memory: float | None = None,
+    scratch: Path | None = None,
+) -> None:
+    """Profile a checkpoint without loading it, search on the profile, and write both.
+
+    Args:
+        config: What to search; its ``out`` is the folder.
+        console: Where progress and the result are shown.
+        max_memory: Bytes beside the imports; ``None`` for no limit.
+        scratch: Folder for temporary files.
+
+    Raises:
+        InputError: If the configuration asks for what cannot be, or takes more memory.
+    """
+    from dmpq.checkpoint import Checkpoint
+    from dmpq.session import Session, prepare
+
+    prepare(config)
+    agent = make_agent(config.agent)
+    if config.out is None:
+        raise InputError("There is no folder to write to; give --out.")
+    folder = Path(config.out)
+    source = Checkpoint(
+        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with progress_bars(console) as progress:
+        own = replace(config, search_tokens=0, selection_tokens=0, further_tokens=0)
+        session = Session(own, progress=progress)
+        session.take(source.moe, source.tokenizer())
+        profile = _profile(session, source, folder, max_memory, scratch, progress)
+        source.moe.__dict__["fingerprint"] = profile.fingerprint  # a cached property
+        problem = session.problem(profile)
+        result = run_agent(
+            agent,
+            config.agent,
+            problem,
+            evaluations=config.evaluations,
+            seed=config.seed,
+            on_candidate=lambda _candidate: None,
+            trace=folder / "agent_error.txt",
+        )
+        bitmap_of(
+            session,
+            problem,
+            result.assignment,
+            evaluations=result.evaluations,
+            tokens=profile.cost_tokens,
+        ).write(folder / BITMAP)
+    chosen = result.assignment[None]
+    console.print(
+        f"\n{config.agent}: {problem.effective_bits(chosen)[0]:.2f} bits per expert weight, KL "
+        f"{float(result.scores.kl[0]):.5f} by the profile (uniform "
+        f"{problem.menu.keys[problem.menu.narrowest]}: "
+        f"{float(profile.uniform_kl[problem.menu.narrowest]):.5f})\n"
+        "Nothing was measured on held-out text: the model was not loaded.\n"
+        f"wrote {folder}/ {PROFILE} {BITMAP}",
+        soft_wrap=True,
+    )
+
+
+def _profile(
+    session: Session,
+    source: Checkpoint,
+    folder: Path,
+    max_memory: float | None,
+    scratch: Path | None,
+    progress: Progress,
+) -> Profile:
+    """Return the folder's profile where it is of this search, else measure and keep one."""
+    import numpy as np
+
+    from dmpq.profile import Profile
+    from dmpq.streamed_profile import batch_tokens, streamed_profile
+
+    path, splits = folder / PROFILE, session.splits
+    if path.exists():
+        kept = Profile.load(path)
+        if (kept.menu, kept.drawn) == (session.menu, splits.drawn):
+            found = source.fingerprint(lambda i, n: progress("reading the weights", i, n))
+            if kept.fingerprint == found:
+                return kept
+    windows = splits.profile
+    assert isinstance(windows, np.ndarray)  # a session of no task draws windows
+    profile = streamed_profile(
+        source,
+        session.menu,
+        windows,
+        text=splits.source,
+        drawn=splits.drawn,
+        lot=batch_tokens(source, windows.shape[1], max_memory),
+        scratch=scratch,
+        progress=progress,
+    )
+    profile.save(path)
+    return profile
+
+
+if __name__ == "__main__":
+    sys.exit(main())

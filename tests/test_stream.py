@@ -1,0 +1,103 @@
+"""A map for a checkpoint that is never loaded, by the command."""
+
+import numpy as np
+import pytest
+import torch
+
+from dmpq.bitmap import BitMap
+from dmpq.checkpoint import Checkpoint
+from dmpq.errors import InputError
+from dmpq.profile import Profile
+from dmpq.session import Session
+from dmpq.stream import main
+from dmpq.streamed_profile import BATCH_TOKENS, batch_tokens, memory_needed
+
+SMALL = ("--profile-tokens", "512", "--threads", "1", "--heldout-tokens", "128")
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streamed") / "big"
+    assert main([*SMALL, "--out", str(folder), "--max-memory", "0.5"]) == 0
+    return folder
+
+
+def test_the_map_is_the_knapsack_s_on_the_profile(streamed):
+    bitmap = BitMap.read(streamed / "bitmap.json")
+    profile = Profile.load(streamed / "profile.safetensors")
+    assert bitmap.model["fingerprint"] == profile.fingerprint
+    assert bitmap.metrics["measured"] == {}
+    bits = bitmap.metrics["predicted"]["effective_bits"]["value"]
+    assert 2.9 < bits <= 3.0
+    assert profile.signal == "gradient"
+
+
+def test_the_profile_is_kept_for_the_next_map(streamed, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the profile was there")
+
+    monkeypatch.setattr("dmpq.streamed_profile.streamed_profile", refuse)
+    before = (streamed / "profile.safetensors").read_bytes()
+    assert main([*SMALL, "--out", str(streamed), "--avg-bits", "2.5"]) == 0
+    said = capsys.readouterr().out
+    assert "Nothing was measured on held-out text" in said
+    assert (streamed / "profile.safetensors").read_bytes() == before
+    bits = BitMap.read(streamed / "bitmap.json").metrics["predicted"]["effective_bits"]["value"]
+    assert 2.4 < bits <= 2.5
+
+
+def test_a_search_that_loads_the_model_takes_the_profile(streamed):
+    from dmpq.config import SearchConfig
+
+    session = Session(
+        SearchConfig(
+            profile=str(streamed / "profile.safetensors"),
+            signal="gradient",
+            search_tokens=128,
+            selection_tokens=128,
+            further_tokens=0,
+            heldout_tokens=128,
+        )
+    )
+    profile = session.profile()
+    chosen = session.problem(profile).mckp()[None]
+    assert np.isfinite(session.evaluator("search").evaluate(chosen).kl).all()
+    taken = {tuple(w) for w in session.splits.search.tolist()}
+    assert taken.isdisjoint({tuple(w) for w in session.splits.selection.tolist()})
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    assert main(list(map(str, arguments))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def test_limits_that_cannot_be_kept_are_refused(tmp_path, capsys):
+    out = ("--out", tmp_path / "big")
+    assert "--max-memory allows 0.00" in refused(capsys, *SMALL, *out, "--max-memory", "1e-6")
+    assert "give a positive number" in refused(capsys, *SMALL, *out, "--max-memory", "nan")
+    assert "no folder" in refused(capsys, *SMALL, *out, "--scratch", tmp_path / "none")
+    said = refused(capsys, *SMALL, *out, "--quantizer", "gptq")
+    assert "needs calibration text" in said
+    said = refused(capsys, *SMALL, *out, "--avg-bits", "1")
+    assert "avg-bits" in said
+
+
+def test_batches_shrink_with_the_memory():
+    source = Checkpoint("reference")
+    fixed, each = memory_needed(source)
+    assert batch_tokens(source, 128, None) == BATCH_TOKENS
+    assert batch_tokens(source, 128, fixed + 300 * each) == 256
+    assert batch_tokens(source, 4096, 1e12) == 4096
+    with pytest.raises(InputError, match="shorter --sequence-length"):
+        batch_tokens(source, 128, fixed + 100 * each)
+
+
+def test_the_estimate_counts_what_a_batch_holds():
+    source = Checkpoint("reference")
+    _, each = memory_needed(source)
+    logits = torch.zeros(1, source.moe.spec.vocab_size).nbytes
+    assert each > 4 * logits

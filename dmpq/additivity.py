@@ -221,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _reported(arguments: argparse.Namespace) -> int:
-    from dmpq.session import Session, prepare
+    from dmpq.checks import prepare
+    from dmpq.session import Session
 
     quiet_libraries()
     config: SearchConfig = from_arguments(arguments)

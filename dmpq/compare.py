@@ -149,7 +149,7 @@ def compare(
     Raises:
         InputError: If the plan asks for what cannot be.
     """
-    from dmpq.session import check_numbers
+    from dmpq.checks import check_numbers
 
     check_numbers(plan.config)
     entrants(plan.agents)

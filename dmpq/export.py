@@ -149,11 +149,11 @@ def _refuse_broken(engine: Engine, bitmap: BitMap) -> None:
 
 
 def _write_checkpoint(bitmap: BitMap, arguments: argparse.Namespace) -> int:
+    from dmpq.checks import prepare
     from dmpq.exporters.container import check_container, write_container
     from dmpq.exporters.dequantized import write_dequantized
     from dmpq.exporters.plan import Plan
     from dmpq.moe import load_model
-    from dmpq.session import prepare
 
     prepare(SearchConfig(threads=arguments.threads))
     if arguments.out is None:

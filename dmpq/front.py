@@ -46,7 +46,8 @@ def front(config: SearchConfig, console: Console) -> None:
         InputError: If there is no such policy, or it does not fit the model.
     """
     from dmpq.agents.policy import Policy
-    from dmpq.session import Session, prepare
+    from dmpq.checks import prepare
+    from dmpq.session import Session
 
     if config.policy is None:
         raise InputError("--front asks one policy for many budgets; name it by --policy.")

@@ -144,7 +144,7 @@ def pretrain(
         InputError: If a model cannot be searched, or the folder belongs to something else.
     """
     from dmpq.agents.lessons import learn
-    from dmpq.session import prepare
+    from dmpq.checks import prepare
 
     if not above or not all(0 < bits <= _UNLIMITED for bits in above):
         raise InputError(f"--above {above} are no budgets; give bits from 0 to {_UNLIMITED:g}.")

@@ -252,6 +252,47 @@ def _am_over_gm(values: Floats) -> float:
     return float(positive.mean() / np.exp(np.log(positive).mean()))
 
 
+def empty_profile(spec: ModelSpec, menu: Menu, *, tokens: int) -> Profile:
+    """Return a profile of zeros, on which a problem checks its limits before any forward.
+
+    The routing is not known yet. A single token selects ``top_k`` experts whatever it is. More
+    tokens are taken to select the same ones all together: the fewest experts, so that a limit
+    which even that exceeds is infeasible for certain.
+    """
+    experts, formats = spec.num_experts, len(menu)
+    shares = [
+        np.full(layer.num_experts, layer.top_k / layer.num_experts)
+        if tokens == 1
+        else (np.arange(layer.num_experts) < layer.top_k).astype(float)
+        for layer in spec.moe_layers
+    ]
+    flat, wide = np.zeros(experts), np.zeros((experts, formats))
+    return Profile(
+        spec=spec,
+        menu=menu,
+        tokens=0,
+        text="none",
+        fingerprint="",
+        full_nll=0.0,
+        cost_tokens=0.0,
+        hits=np.zeros(experts, np.int64),
+        frequency=np.concatenate(shares),
+        routing_weight=flat,
+        contribution=flat,
+        sensitivity=wide,
+        projection_sensitivity=np.zeros((experts, 2, formats)),
+        output_error=wide,
+        proxy=wide,
+        weight_norm=flat,
+        kurtosis=flat,
+        outlier_ratio=flat,
+        max_row_variance=flat,
+        router_norm=flat,
+        router_norm_change=flat,
+        uniform_kl=np.ones(formats),
+    )
+
+
 def reference_profile() -> Profile:
     """Return the profile shipped with the reference checkpoint."""
     with resources.as_file(resources.files("dmpq.reference") / "profile.safetensors") as path:

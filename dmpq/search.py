@@ -140,7 +140,8 @@ def search(config: SearchConfig, console: Console) -> str:
     Raises:
         InputError: If the configuration asks for what cannot be; nothing is written then.
     """
-    from dmpq.session import Session, prepare
+    from dmpq.checks import prepare
+    from dmpq.session import Session
 
     prepare(config)
     if config.engine is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
+from dmpq.checks import check_numbers
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.evaluation import Evaluator
@@ -15,9 +15,9 @@ from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.hw_models import HardwareModel, Workload, load_hardware
 from dmpq.hw_models.corrected import CorrectedModel, live_base
-from dmpq.objective import LIMIT_FLAGS, Constraints, Weights, refuse_limit
+from dmpq.objective import Constraints, Weights
 from dmpq.problem import Problem
-from dmpq.profile import Profile
+from dmpq.profile import Profile, empty_profile
 from dmpq.spec import ModelSpec, load_geometry
 
 if TYPE_CHECKING:
@@ -29,21 +29,6 @@ if TYPE_CHECKING:
 
 GIGABYTE: Final = 1e9
 _LARGEST_WEIGHT: Final = 1e6
-_LEAST_AND_MOST: Final[Mapping[str, tuple[int, int]]] = {
-    "evaluations": (1, 10**9),
-    "seed": (0, 2**32 - 1),
-    "batch": (1, 10**9),
-    "context": (1, 10**9),
-    "profile_tokens": (1, 10**12),
-    "search_tokens": (1, 10**12),
-    "selection_tokens": (1, 10**12),
-    "further_tokens": (0, 10**12),
-    "heldout_tokens": (1, 10**12),
-    "sequence_length": (2, 10**9),
-    "threads": (1, 1024),
-    "measure_every": (1, 10**9),
-}
-"""Whole numbers of the configuration; numpy and the RL libraries take seeds of 32 bits."""
 _LONGEST_WINDOW: Final = 2048
 
 Progress = Callable[[str, int, int], None]
@@ -462,96 +447,13 @@ class Session:
         if c.geometry != "own":
             load_geometry(c.geometry)
         if c.profile is None:
-            self.problem(_empty_profile(self.moe.spec, self.menu, tokens=self.workload.tokens))
+            self.problem(empty_profile(self.moe.spec, self.menu, tokens=self.workload.tokens))
         else:
             self.problem(self._saved_profile)
         _ = self.splits, self.calibrated_by
 
 
 _SIGNALS: Final = {"sensitivity": "evaluations", "gradient": "gradients"}
-
-
-def prepare(config: SearchConfig) -> None:
-    """Refuse numbers of no sense, and set torch's threads as a configuration asks.
-
-    Raises:
-        InputError: With the flag, the value and what is allowed.
-    """
-    check_numbers(config)
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
-
-
-def check_numbers(config: SearchConfig) -> None:
-    """Refuse numbers of no sense.
-
-    Raises:
-        InputError: With the flag, the value and what is allowed.
-    """
-    for name, (least, most) in _LEAST_AND_MOST.items():
-        value = getattr(config, name)
-        if value is not None and not least <= value <= most:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {value} makes no sense; give {least} to {most:,}.")
-    if config.evaluations <= config.kept_evaluations:
-        raise InputError(
-            f"--evaluations {config.evaluations} leaves none for the agent; with --measure-every "
-            "and a limit on latency or energy one is kept for a map within the corrected costs: "
-            "give 2 or more."
-        )
-    for flag in LIMIT_FLAGS:
-        limit = getattr(config, flag.removeprefix("--").replace("-", "_"))
-        if limit is not None:
-            refuse_limit(flag, limit)
-    if not 0 <= config.bank_memory_gb < math.inf:
-        raise InputError(
-            f"--bank-memory-gb {config.bank_memory_gb} is no amount of memory; give 0 or more."
-        )
-
-
-def _empty_profile(spec: ModelSpec, menu: Menu, *, tokens: int) -> Profile:
-    """Return a profile of zeros, on which a problem checks its limits before any forward.
-
-    The routing is not known yet. A single token selects ``top_k`` experts whatever it is. More
-    tokens are taken to select the same ones all together: the fewest experts, so that a limit
-    which even that exceeds is infeasible for certain.
-    """
-    import numpy as np
-
-    experts, formats = spec.num_experts, len(menu)
-    shares = [
-        np.full(layer.num_experts, layer.top_k / layer.num_experts)
-        if tokens == 1
-        else (np.arange(layer.num_experts) < layer.top_k).astype(float)
-        for layer in spec.moe_layers
-    ]
-    flat, wide = np.zeros(experts), np.zeros((experts, formats))
-    return Profile(
-        spec=spec,
-        menu=menu,
-        tokens=0,
-        text="none",
-        fingerprint="",
-        full_nll=0.0,
-        cost_tokens=0.0,
-        hits=np.zeros(experts, np.int64),
-        frequency=np.concatenate(shares),
-        routing_weight=flat,
-        contribution=flat,
-        sensitivity=wide,
-        projection_sensitivity=np.zeros((experts, 2, formats)),
-        output_error=wide,
-        proxy=wide,
-        weight_norm=flat,
-        kurtosis=flat,
-        outlier_ratio=flat,
-        max_row_variance=flat,
-        router_norm=flat,
-        router_norm_change=flat,
-        uniform_kl=np.ones(formats),
-    )
 
 
 def reference_evaluator(split: str = "search") -> ModelEvaluator:

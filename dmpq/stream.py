@@ -121,7 +121,8 @@ def stream(
         InputError: If the configuration asks for what cannot be, or takes more memory.
     """
     from dmpq.checkpoint import Checkpoint
-    from dmpq.session import Session, prepare
+    from dmpq.checks import prepare
+    from dmpq.session import Session
 
     prepare(config)
     agent = make_agent(config.agent)

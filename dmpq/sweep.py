@@ -276,7 +276,8 @@ def sweep(config: SearchConfig, parts: Sequence[str], console: Console) -> list[
     Raises:
         InputError: If the configuration asks for what cannot be; nothing is written then.
     """
-    from dmpq.session import Session, prepare
+    from dmpq.checks import prepare
+    from dmpq.session import Session
 
     require_pymoo()
     prepare(config)

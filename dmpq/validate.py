@@ -110,8 +110,9 @@ def replay(bitmap: BitMap, arguments: argparse.Namespace) -> dict[str, float]:
 
 def _session(bitmap: BitMap, arguments: argparse.Namespace) -> Session:
     """Return the session that a map was made in, as far as the options leave it."""
+    from dmpq.checks import prepare
     from dmpq.data import CalibrationText
-    from dmpq.session import Session, prepare
+    from dmpq.session import Session
 
     workload, text = bitmap.workload, dict(bitmap.text)
     text |= {

@@ -1,9 +1,10 @@
-"""A checkpoint larger than the memory it may take: quantized expert by expert, with the peak.
+"""A checkpoint larger than the memory it may take: profiled and quantized, with the peaks.
 
-    python benchmarks/large_checkpoint.py --folder SCRATCH        # 6.8 GB, about 15 GB of disk
+    python benchmarks/large_checkpoint.py --folder SCRATCH        # 6.6 GB, about 12 GB of disk
 
-Writes a synthetic checkpoint of OLMoE's widths (random weights: only sizes and memory are
-measured), a map of mixed widths for it, and runs ``python -m dmpq.apply`` in a process of its own.
+Writes a synthetic checkpoint of OLMoE's widths and a small vocabulary (random weights: only sizes
+and memory are measured) and a map of mixed widths for it; then, in processes of their own, takes a
+profile by gradients of some random tokens, and runs ``python -m dmpq.apply``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from dmpq.checkpoint import INDEX, Checkpoint
 from dmpq.formats import Menu
 from dmpq.tensor_files import TensorFileWriter, TensorInfo
 
-_IMPORTS = "import dmpq.hf, dmpq.apply, dmpq.quantized_checkpoint, dmpq.console as c; " + (
-    "c.quiet_libraries()"
+HERE = Path(__file__).parent
+_IMPORTS = (
+    "import dmpq.hf, dmpq.apply, dmpq.quantized_checkpoint, dmpq.streamed_profile; "
+    "import dmpq.console; dmpq.console.quiet_libraries()"
 )
 
 
@@ -33,7 +36,9 @@ def main() -> int:
     """Write the checkpoint where it is not there, quantize it, and print sizes and the peak."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="scratch folder")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="of 1.64 GB each")
+    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=1024, help="that are profiled")
     parser.add_argument("--quantizer", default="rtn")
     parser.add_argument("--max-memory", default="0.6", help="GB beside the imports")
     arguments = parser.parse_args()
@@ -41,19 +46,45 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     model = arguments.folder / f"synthetic-{arguments.layers}"
     if not (model / INDEX).exists():
-        write_checkpoint(model, arguments.layers)
+        write_checkpoint(model, arguments.layers, arguments.vocabulary)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     bitmap = arguments.folder / "bitmap.json"
     write_map(model, bitmap, arguments.quantizer)
     out = arguments.folder / f"quantized-{time.time_ns()}"
     base, _ = peak_memory(["-c", _IMPORTS])
+    limit = float(arguments.max_memory) * 1e9
+    call = f"profile({str(model)!r}, {arguments.tokens}, {limit})"
+    code = f"from large_checkpoint import profile; {call}"
+    os.environ["PYTHONPATH"] = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+    profiled, took = peak_memory(["-c", f"{_IMPORTS}; {code}"])
+    print(f"profiled {arguments.tokens} tokens in {took:.0f} s")
+    print(f"peak resident memory over the imports: {(profiled - base) / 1e6:,.0f} MB\n")
     command = ["-m", "dmpq.apply", str(bitmap), "--model", str(model), "--out", str(out)]
     peak, seconds = peak_memory([*command, "--max-memory", arguments.max_memory])
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     print(f"\nsource {size / 1e9:.2f} GB, quantized {written / 1e9:.2f} GB in {seconds:.0f} s")
     print(f"peak resident memory {peak / 1e6:,.0f} MB, the imports' {base / 1e6:,.0f} MB")
-    print(f"over the imports: {(peak - base) / 1e6:,.0f} MB")
+    print(f"peak resident memory over the imports: {(peak - base) / 1e6:,.0f} MB")
     return 0
+
+
+def profile(model: str, tokens: int, limit: float) -> None:
+    """Take a profile of random tokens, in windows of 128, within a limit of bytes."""
+    from dmpq.streamed_profile import batch_tokens, streamed_profile
+
+    torch.set_num_threads(1)
+    source = Checkpoint(model)
+    vocabulary = source.moe.spec.vocab_size
+    windows = np.random.default_rng(0).integers(vocabulary, size=(tokens // 128, 128))
+    found = streamed_profile(
+        source,
+        Menu.parse("2,4,8", quantizer="rtn"),
+        windows,
+        text="random tokens",
+        lot=batch_tokens(source, 128, limit),
+        scratch=Path(model).parent,
+    )
+    print(f"experts hit: {int((found.hits > 0).sum())} of {found.spec.num_experts}")
 
 
 def peak_memory(arguments: list[str]) -> tuple[int, float]:
@@ -66,10 +97,12 @@ def peak_memory(arguments: list[str]) -> tuple[int, float]:
     return usage.ru_maxrss * 1024, time.monotonic() - started
 
 
-def write_checkpoint(folder: Path, layers: int) -> None:
+def write_checkpoint(folder: Path, layers: int, vocabulary: int) -> None:
     """Write an OLMoE of random weights, a file per layer."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = AutoConfig.for_model("olmoe", num_hidden_layers=layers, dtype="bfloat16")
+    config = AutoConfig.for_model(
+        "olmoe", num_hidden_layers=layers, vocab_size=vocabulary, dtype="bfloat16"
+    )
     config.save_pretrained(folder)
     text = json.loads((folder / "config.json").read_text())
     text["architectures"] = ["OlmoeForCausalLM"]

@@ -96,13 +96,17 @@ def main() -> int:
     eight = next(key for key in menu.keys if key.partition("g")[0] == "8")
     allowed = int(TARGET * size[eight])
     others = size[eight] - stored_bytes(spec, menu, menu.keys.index(eight))
-    avg_bits = 8 * (allowed - others) / spec.expert_parameters
-    own = Session(replace(config, avg_bits=avg_bits))
-    own.take(session.moe, session.tokenizer)
-    own.__dict__["bank"] = session.bank
-    problem = own.problem(
-        profile, evaluator=session.evaluator("search"), selector=session.evaluator("selection")
-    )
+    evaluator, selector = session.evaluator("search"), session.evaluator("selection")
+    spare = 0
+    while True:
+        avg_bits = 8 * (allowed - others - spare) / spec.expert_parameters
+        own = Session(replace(config, avg_bits=avg_bits))
+        problem = own.problem(profile, evaluator=evaluator, selector=selector)
+        # A mixed map has more tensors than a uniform one, and each has its line in the header.
+        over = checkpoint_bytes(template, source, menu, problem.mckp()) - allowed
+        if over <= 0:
+            break
+        spare += over
     found = make_agent(arguments.agent).search(problem, evaluations=arguments.evaluations, seed=0)
     heldout = session.evaluator("heldout")
     rows = [Row("bf16", 16.0, full_bytes(source), 0.0, *full(heldout, spec.num_experts, menu))]

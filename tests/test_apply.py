@@ -458,3 +458,32 @@ def test_damaged_sources_are_refused(saved, tmp_path, capsys):
     with pytest.raises(InputError, match=r"expert 3 of \S+ that are not finite"):
         damaged.expert(damaged.moe.containers[0], "down", 3)
     assert "lacks model.safetensors" in outcome(lambda copy: (copy / "model.safetensors").unlink())
+    index = "model.safetensors.index.json"
+    assert "names no shards" in outcome(lambda copy: (copy / index).write_text("[" * 100_000))
+
+
+@pytest.mark.parametrize("count", [0, 3, 9])
+def test_experts_stored_together_must_be_as_many_as_the_configuration_says(count, saved, tmp_path):
+    folder, _ = saved("gpt_oss")
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors[name] = torch.cat([tensors[name]] * 2)[:count]
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"other shapes .*{name}: \({count}, 16, 32\), not \(8"):
+        Checkpoint(str(tmp_path / "copy"))
+
+
+def test_an_expert_of_another_shape_is_refused_where_it_is_read(saved, tmp_path):
+    folder, _ = saved("olmoe")
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [one for one in tensors if "down_proj" in one]:
+        tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    source = Checkpoint(str(tmp_path / "copy"))
+    experts = source.moe.containers[0]
+    with pytest.raises(InputError, match=r"other shapes .*: \(16, 32\), not \(32, 16\)"):
+        source.expert(experts, "down", 0)
+    with pytest.raises(InputError, match="other shapes"):
+        source.parameter(f"{experts.path}.down_proj")

@@ -487,3 +487,18 @@ def test_an_expert_of_another_shape_is_refused_where_it_is_read(saved, tmp_path)
         source.expert(experts, "down", 0)
     with pytest.raises(InputError, match="other shapes"):
         source.parameter(f"{experts.path}.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--threads", "100000", "--threads 100000 makes no sense; give 1 to 1,024"),
+        ("--threads", str(2**40), "makes no sense; give 1 to 1,024"),
+        ("--max-shard-size", "1e300", "--max-shard-size is 1e+300; give a positive number of GB"),
+        ("--max-memory", "nan", "--max-memory is nan; give a positive number of GB"),
+    ],
+)
+def test_numbers_of_no_sense_are_refused(option, value, message, reference, tmp_path, capsys):
+    folder, _ = reference
+    said = refused(capsys, folder / "bitmap.json", "--out", tmp_path / "out", f"{option}={value}")
+    assert message in said

@@ -12,13 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.errors import InputError
+
 
 def replace_atomically(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never half.
 
     The file gets the mode that an ordinary ``open`` would give it.
+
+    Raises:
+        InputError: If a device, a pipe or a socket is there, which would be replaced by a file.
     """
     target = Path(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise InputError(
+            f"{target} is no ordinary file, and would be replaced by one; give another name."
+        )
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -167,7 +167,7 @@ class QuantizedCheckpoint:
         Raises:
             InputError: If something is there, the disk is too small, or the weights are others.
         """
-        if folder.exists():
+        if os.path.lexists(folder):  # a link to nowhere as well: it cannot be moved over
             raise InputError(f"{folder} exists already; remove it, or give another --out.")
         partial = folder.parent / f".{folder.name}.partial"
         fresh = not self._goes_on(partial)

@@ -317,6 +317,14 @@ def edited(folder, tmp_path):
     return copy, json.loads((copy / "config.json").read_text())
 
 
+def prune_half_of_an_expert(config):
+    written = config["quantization_config"]
+    written["choices"] = {"0": {"bits": 0, "group_size": 128}, **written["choices"]}
+    keys = first_layer(config)
+    path = next(iter(written["assignment"]))
+    written["assignment"][path] = {"gate_up": ["0", *keys[1:]], "down": keys}
+
+
 def first_layer(config):
     return next(iter(config["quantization_config"]["assignment"].values()))
 
@@ -337,6 +345,26 @@ def first_layer(config):
             lambda c: c["quantization_config"]["assignment"].update(x=["2"]),
             "names x, which the model does not have",
         ),
+        (lambda c: first_layer(c).__setitem__(0, ["8"]), "Unknown format"),
+        (lambda c: c["quantization_config"].update(assignment=None), "no mapping"),
+        (lambda c: c["quantization_config"].pop("assignment"), "missing or unknown keys"),
+        (lambda c: c["quantization_config"].update(extra=1), "missing or unknown keys"),
+        (
+            lambda c: c["quantization_config"]["assignment"].update(
+                {"model.layers.1.mlp.experts": {"gate_up": []}}
+            ),
+            "no list of 16 formats",
+        ),
+        (prune_half_of_an_expert, "prunes .* one of the projections"),
+        (lambda c: c["quantization_config"]["quantizer"].update(name=5), "names no quantizer"),
+        (
+            lambda c: c["quantization_config"]["quantizer"].update(symmetric="no"),
+            "names no quantizer",
+        ),
+        (
+            lambda c: c["quantization_config"]["choices"]["8"].update(bits=2),
+            "other bits and group sizes",
+        ),
     ],
 )
 def test_an_edited_configuration_is_refused(reference, tmp_path, edit, message):
@@ -354,6 +382,25 @@ def test_a_missing_tensor_is_refused_not_drawn_at_random(reference, tmp_path):
     del tensors[name]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"{re.escape(name)} is missing"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("scale", lambda t: t.fill_(float("nan")), "values in .*scale that are not finite"),
+        ("zero", lambda t: t.fill_(float("inf")), "values in .*zero that are not finite"),
+        ("codes", lambda t: t.float(), r"codes is of torch\.float32, not torch\.uint8"),
+        ("scale", lambda t: t.to(torch.int64), r"scale is of torch\.int64, not torch\.float16"),
+    ],
+)
+def test_an_edited_tensor_is_refused(reference, tmp_path, part, change, message):
+    copy, _ = edited(reference[0], tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(f".{part}"))
+    tensors[name] = change(tensors[name])
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
@@ -386,8 +433,11 @@ def test_a_map_of_another_geometry_is_refused(reference, saved, tmp_path, capsys
 
 def test_what_is_there_is_not_overwritten(reference, tmp_path, capsys):
     folder, _ = reference
-    said = refused(capsys, folder / "bitmap.json", "--out", folder / "out")
-    assert "exists already" in said
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (folder / "out", tmp_path / "link"):
+        said = refused(capsys, folder / "bitmap.json", "--out", out)
+        assert "exists already" in said
+    assert [one.name for one in tmp_path.iterdir()] == ["link"]
 
 
 def test_too_little_memory_or_disk_is_refused_before_anything(

@@ -96,18 +96,39 @@ def only_run_in(folder: Path) -> Iterator[None]:
     Raises:
         InputError: If another run is at work in it.
     """
+    with locked(folder / _MARK, folder):
+        yield
+
+
+@contextmanager
+def locked(path: Path, folder: Path) -> Iterator[None]:
+    """Lock a file or folder against another run while the block lasts, where locks exist.
+
+    Args:
+        path: What is locked.
+        folder: The output folder, for the error.
+
+    Raises:
+        InputError: If another run is at work there, or has just moved or removed it.
+    """
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
         yield
         return
-    with (folder / _MARK).open("rb") as file:
+    handle = os.open(path, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        if not free:
             raise InputError(
                 f"Another run is at work in {folder}; wait for its end, or give another --out."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+            )
         yield
+    finally:
+        os.close(handle)

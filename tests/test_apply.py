@@ -298,6 +298,23 @@ def test_a_run_of_another_map_starts_afresh(reference, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "bitmap.json").read_text())["versions"] == {"dmpq": "9"}
 
 
+def test_a_second_run_into_the_same_folder_is_refused(reference, tmp_path, monkeypatch):
+    _, made = reference
+    other = QuantizedCheckpoint(replace(made.bitmap, versions={"dmpq": "9"}), made.source)
+    packed = QuantizedCheckpoint._packed
+
+    def meanwhile(self, experts, layer):
+        with pytest.raises(InputError, match=r"Another run is at work in .*out; wait"):
+            other.write(tmp_path / "out", card="", check=False)
+        return packed(self, experts, layer)
+
+    monkeypatch.setattr(QuantizedCheckpoint, "_packed", meanwhile)
+    made.write(tmp_path / "out", card="", check=False)
+    written = BitMap.read(tmp_path / "out" / "bitmap.json")
+    assert written.versions == made.bitmap.versions
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_plain_load_without_the_import_fails_instead_of_guessing(reference):
     folder, _ = reference
     code = (

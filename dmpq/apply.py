@@ -107,7 +107,7 @@ def _applied(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.out} exists already; remove it, or give another --out.")
     quiet_libraries()
     from dmpq.checkpoint import Checkpoint
-    from dmpq.session import prepare
+    from dmpq.checks import prepare
 
     prepare(SearchConfig(threads=arguments.threads))
     revision = bitmap.model["revision"] if arguments.revision is None else arguments.revision

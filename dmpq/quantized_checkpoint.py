@@ -302,6 +302,12 @@ class QuantizedCheckpoint:
                     factor = None if factors is None else factors[side]
                     quantized = quantize(weight, fmt, layer.menu, factor=factor)
                 for part, values in stored_parts(weight, quantized, layer.menu).items():
+                    if values.is_floating_point() and not torch.isfinite(values).all():
+                        raise InputError(
+                            f"Weights of expert {index} of {experts.path}, up to "
+                            f"{float(weight.abs().max()):.3g}, overflow its {part}, which is "
+                            "float16; search a map that leaves the expert at 16 bits."
+                        )
                     yield tensor_name(experts.path, side, key, part), row, values
 
     def _write_texts(

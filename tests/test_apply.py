@@ -529,6 +529,18 @@ def test_damaged_sources_are_refused(saved, tmp_path, capsys):
     assert "names no shards" in outcome(lambda copy: (copy / index).write_text("[" * 100_000))
 
 
+def test_weights_that_overflow_their_scales_are_refused(tmp_path, capsys):
+    model = build("olmoe")
+    model.model.layers[1].mlp.experts.down_proj.data[3] *= 1e8
+    model.save_pretrained(tmp_path / "model")
+    moe = MoEModel(model, name=str(tmp_path / "model"))
+    bitmap = bitmap_of(moe, MENU, np.full(moe.spec.num_experts, 3), tmp_path)
+    bitmap.write(tmp_path / "bitmap.json")
+    said = refused(capsys, tmp_path / "bitmap.json", "--out", tmp_path / "out")
+    assert "Weights of expert 3 of model.layers.1.mlp.experts, up to" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("count", [0, 3, 9])
 def test_experts_stored_together_must_be_as_many_as_the_configuration_says(count, saved, tmp_path):
     folder, _ = saved("gpt_oss")

@@ -13,10 +13,10 @@ from transformers import MixtralConfig, PreTrainedTokenizerFast
 from dmpq.bank import Bank
 from dmpq.data import TokenRequest
 from dmpq.errors import InputError
+from dmpq.families import auto_class
 from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
-from dmpq.families import auto_class
 from dmpq.moe import HEADS, LANGUAGE_MODELLING, MoEModel, load_model
 from dmpq.profiling import measure_profile
 from dmpq.tasks.evaluator import MetricEvaluator, TaskEvaluator

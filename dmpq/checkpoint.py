@@ -33,7 +33,7 @@ from dmpq.adapters.stacked import StackedExperts
 from dmpq.errors import InputError, first_line
 from dmpq.experts import Experts
 from dmpq.families import auto_class
-from dmpq.moe import MoEModel, checkpoint_source
+from dmpq.moe import MoEModel, checkpoint_source, needs_its_code
 from dmpq.tensor_files import TensorFile, TensorInfo
 
 INDEX: Final = "model.safetensors.index.json"
@@ -109,7 +109,7 @@ class Checkpoint:
         except InputError:
             raise
         except Exception as error:  # a damaged config raises whatever its reader raises
-            raise InputError(
+            raise needs_its_code(name, error) or InputError(
                 f"The checkpoint {name} describes no model that can be built "
                 f"({first_line(error)}); get it again, or write it by save_pretrained."
             ) from error

@@ -92,12 +92,15 @@ class DmpqConfig(QuantizationConfigMixin):
             InputError: If a key is missing, or is none of its keys.
         """
         try:
-            return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+            own = super().from_dict(  # type: ignore[no-untyped-call]
+                config_dict, return_unused_kwargs, **kwargs
+            )
         except TypeError as error:
             raise InputError(
                 f"The checkpoint's quantization_config has missing or unknown keys "
                 f"({first_line(error)}); it was edited: get it again."
             ) from error
+        return own
 
     @property
     def menu(self) -> Menu:
@@ -119,8 +122,7 @@ class DmpqConfig(QuantizationConfigMixin):
             InputError: If the configuration is of other experts.
         """
         given = self.assignment.get(layer.path)
-        sides = isinstance(given, Mapping)
-        keys = [given.get(name) for name in PROJECTIONS] if sides else [given] * 2
+        keys = [given.get(n) for n in PROJECTIONS] if isinstance(given, Mapping) else [given] * 2
         for part in keys:
             if not isinstance(part, list) or len(part) != layer.num_experts:
                 raise InputError(

@@ -23,11 +23,10 @@ from dmpq.bitmap import BitMap
 from dmpq.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
 from dmpq.errors import InputError
 from dmpq.experts import Experts
-from dmpq.files import JsonLines, replace_atomically
+from dmpq.files import JsonLines, locked, replace_atomically
 from dmpq.formats import Format
 from dmpq.packed import PackedLayer, stored_parts, tensor_name
 from dmpq.quantization import quantize
-from dmpq.run_folder import locked
 from dmpq.tensor_files import TensorFileWriter, TensorInfo, file_bytes
 
 LARGEST_SHARD: Final = 5 * 10**9

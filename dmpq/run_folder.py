@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
-from dmpq.files import replace_atomically
+from dmpq.files import locked, replace_atomically
 
 _MARK: Final = "config.json"
 _WRITTEN: Final = frozenset(
@@ -98,37 +98,3 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     with locked(folder / _MARK, folder):
         yield
-
-
-@contextmanager
-def locked(path: Path, folder: Path) -> Iterator[None]:
-    """Lock a file or folder against another run while the block lasts, where locks exist.
-
-    Args:
-        path: What is locked.
-        folder: The output folder, for the error.
-
-    Raises:
-        InputError: If another run is at work there, or has just moved or removed it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = path.exists() and os.path.samestat(os.fstat(handle), path.stat())
-        except BlockingIOError:
-            free = False
-        except OSError:  # a file system without locks
-            free = True
-        if not free:
-            raise InputError(
-                f"Another run is at work in {folder}; wait for its end, or give another --out."
-            )
-        yield
-    finally:
-        os.close(handle)

@@ -10,7 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dmpq.console import CommandParser, exit_code, plain_console, progress_bars, quiet_libraries
+from dmpq.config import SearchConfig
+from dmpq.console import (
+    MOST_GIGABYTES,
+    CommandParser,
+    exit_code,
+    plain_console,
+    progress_bars,
+    quiet_libraries,
+)
 from dmpq.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,19 +98,18 @@ def _applied(arguments: argparse.Namespace) -> int:
     for name, value in (
         ("--max-memory", arguments.max_memory),
         ("--max-shard-size", arguments.max_shard_size),
-        ("--threads", arguments.threads),
     ):
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"{name} is {value}; give a positive number.")
+        if value is not None and not 0 < value <= MOST_GIGABYTES:
+            raise InputError(
+                f"{name} is {value}; give a positive number of GB, {MOST_GIGABYTES:g} at most."
+            )
     if arguments.out.exists():
         raise InputError(f"{arguments.out} exists already; remove it, or give another --out.")
     quiet_libraries()
-    import torch
-
     from dmpq.checkpoint import Checkpoint
+    from dmpq.checks import prepare
 
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    prepare(SearchConfig(threads=arguments.threads))
     revision = bitmap.model["revision"] if arguments.revision is None else arguments.revision
     source = Checkpoint(
         bitmap.model["id"] if arguments.model is None else arguments.model,

@@ -33,7 +33,7 @@ from dmpq.adapters.stacked import StackedExperts
 from dmpq.errors import InputError, first_line
 from dmpq.experts import Experts
 from dmpq.families import auto_class
-from dmpq.moe import MoEModel, checkpoint_source
+from dmpq.moe import MoEModel, checkpoint_source, needs_its_code
 from dmpq.tensor_files import TensorFile, TensorInfo
 
 INDEX: Final = "model.safetensors.index.json"
@@ -109,7 +109,7 @@ class Checkpoint:
         except InputError:
             raise
         except Exception as error:  # a damaged config raises whatever its reader raises
-            raise InputError(
+            raise needs_its_code(name, error) or InputError(
                 f"The checkpoint {name} describes no model that can be built "
                 f"({first_line(error)}); get it again, or write it by save_pretrained."
             ) from error
@@ -121,6 +121,7 @@ class Checkpoint:
                 "dequantized one (python -m dmpq.export --to dequantized)."
             )
         self._files = self._opened()
+        self._shapes = {key: tuple(one.shape) for key, one in model.state_dict().items()}
         self._groups = self._grouped(model)
         self._check_complete(model)
         self._kept: tuple[str, torch.Tensor] | None = None
@@ -149,7 +150,7 @@ class Checkpoint:
             try:
                 weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
                 paths = [self.folder / Path(name).name for name in sorted({*weight_map.values()})]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise InputError(
                     f"{index} names no shards ({first_line(error)}); get the checkpoint again."
                 ) from error
@@ -189,6 +190,11 @@ class Checkpoint:
                 f"The checkpoint {self.name} lacks {len(missing)} of its weights, among them "
                 f"{missing[0]}; complete it, or they would be random."
             )
+        for name, group in self._groups.items():
+            if group.converter is None:
+                source = group.names[0]
+                found = self._files[source].tensors[source].shape
+                self._check_shape(name, found, self._shapes[name])
         for experts in self.moe.containers:
             for side in SIDES:
                 count = experts.num_experts
@@ -273,7 +279,9 @@ class Checkpoint:
             side: ``"gate_up"`` or ``"down"``.
             index: Of the expert.
         """
-        found = self._expert(self._parameter_name(experts, side), index, experts.num_experts)
+        name = self._parameter_name(experts, side)
+        found = self._expert(name, index, experts.num_experts)
+        self._check_shape(name, tuple(found.shape), self._shapes[name][1:])
         if not torch.isfinite(found).all():
             raise InputError(
                 f"The checkpoint {self.name} holds values in expert {index} of {experts.path} "
@@ -311,7 +319,9 @@ class Checkpoint:
         if group.converter is None:
             return self._read(group.names[0])
         own = {text: list(map(self._read, names)) for text, names in group.sources.items()}
-        return self._converted(group, own)[name]
+        made = self._converted(group, own)[name]
+        self._check_shape(name, tuple(made.shape), self._shapes[name])
+        return made
 
     def _read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         return self._files[name].read(name, start, stop)
@@ -364,7 +374,6 @@ class Checkpoint:
                 yield piece
         elif group.converter is None and shape:
             source = group.names[0]
-            self._check_shape(name, self._files[source].tensors[source].shape, shape)
             step = max(1, _HASHED_ROWS // max(1, torch.Size(shape[1:]).numel()))
             for start in range(0, shape[0], step):
                 yield self._read(source, start, min(start + step, shape[0]))

@@ -23,6 +23,8 @@ BAD_INPUT: Final = 2
 """Exit code of a command that was asked for what cannot be."""
 INTERRUPTED: Final = 130
 """Exit code of a command that Ctrl-C ended, as shells count it."""
+MOST_GIGABYTES: Final = 1e9
+"""What sizes on a command line may be; floats overflow where more is counted in bytes."""
 
 
 def refuse(reason: object) -> int:

@@ -101,12 +101,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _refuse_stray(arguments: argparse.Namespace, asked: str) -> None:
-    """Refuse options that would have no effect."""
+    """Refuse options that would have no effect, or a wrong one."""
     for name in ("profile", "avg_bits", "heldout_tokens"):
         if asked != "check" and getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} has a meaning only with --check.")
     if arguments.container is not None and arguments.to != _CONTAINER:
         raise InputError("--container has a meaning only with --to compressed-tensors.")
+    if arguments.out is not None and arguments.out.resolve() == arguments.bitmap.resolve():
+        raise InputError(f"--out {arguments.out} is the bit map itself; give another file.")
     if arguments.avg_bits is not None and not 0 < arguments.avg_bits <= 16:
         raise InputError(f"--avg-bits {arguments.avg_bits} makes no sense; give up to 16.")
 

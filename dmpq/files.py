@@ -6,19 +6,29 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.errors import InputError
+
 
 def replace_atomically(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never half.
 
     The file gets the mode that an ordinary ``open`` would give it.
+
+    Raises:
+        InputError: If a device, a pipe or a socket is there, which would be replaced by a file.
     """
     target = Path(path)
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise InputError(
+            f"{target} is no ordinary file, and would be replaced by one; give another name."
+        )
     handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -49,6 +59,40 @@ def safetensors_bytes(
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
+
+
+@contextmanager
+def locked(path: Path, folder: Path) -> Iterator[None]:
+    """Lock a file or folder against another run while the block lasts, where locks exist.
+
+    Args:
+        path: What is locked.
+        folder: The output folder, for the error.
+
+    Raises:
+        InputError: If another run is at work there, or has just moved or removed it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = path.exists() and os.path.samestat(os.fstat(handle), path.stat())
+        except BlockingIOError:
+            free = False
+        except OSError:  # a file system without locks
+            free = True
+        if not free:
+            raise InputError(
+                f"Another run is at work in {folder}; wait for its end, or give another --out."
+            )
+        yield
+    finally:
+        os.close(handle)
 
 
 class JsonLines:

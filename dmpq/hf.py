@@ -21,13 +21,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dmpq.bitmap import PROJECTIONS, LayerAssignment
-from dmpq.errors import InputError, unknown
+from dmpq.errors import InputError, first_line, unknown
 from dmpq.experts import Experts
 from dmpq.families import find_containers
-from dmpq.formats import Menu
+from dmpq.formats import Format, Menu
 from dmpq.packed import CHILD, PackedExperts, PackedLayer
 from dmpq.spec import MoELayer
-from dmpq.tensor_files import TensorFile
+from dmpq.tensor_files import TensorFile, TensorInfo
 
 METHOD: Final = "dmpq"
 VERSION: Final = 1
@@ -64,23 +64,52 @@ class DmpqConfig(QuantizationConfigMixin):
                 f"The checkpoint is laid out by version {version!r} of dmpq's format, this dmpq "
                 f"reads {VERSION}; load it with the dmpq that wrote it."
             )
+        if not isinstance(assignment, Mapping):
+            raise InputError(
+                f"The checkpoint's quantization_config has the assignment {str(assignment)[:80]}, "
+                "which is no mapping; get it again."
+            )
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version = version
         self.quantizer = quantizer
         self.choices = choices
         self.assignment = assignment
         self.fingerprint = fingerprint
-        _ = self.menu
+        if choices != _choices(self.menu):
+            raise InputError(
+                "The checkpoint's quantization_config gives other bits and group sizes than the "
+                f"names of its choices say ({', '.join(self.menu.keys)}); it was edited: get it "
+                "again."
+            )
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Read it from ``config.json``.
+
+        Raises:
+            InputError: If a key is missing, or is none of its keys.
+        """
+        try:
+            own = super().from_dict(  # type: ignore[no-untyped-call]
+                config_dict, return_unused_kwargs, **kwargs
+            )
+        except TypeError as error:
+            raise InputError(
+                f"The checkpoint's quantization_config has missing or unknown keys "
+                f"({first_line(error)}); it was edited: get it again."
+            ) from error
+        return own
 
     @property
     def menu(self) -> Menu:
         """The formats on offer."""
         try:
-            return Menu.parse(
-                list(self.choices),
-                quantizer=self.quantizer["name"],
-                symmetric=self.quantizer["symmetric"],
-            )
+            name, symmetric = self.quantizer["name"], self.quantizer["symmetric"]
+            if not isinstance(name, str) or not isinstance(symmetric, bool):
+                raise TypeError("a name, and true or false")
+            return Menu.parse(list(self.choices), quantizer=name, symmetric=symmetric)
         except (KeyError, TypeError) as error:
             raise InputError(
                 "The checkpoint's quantization_config names no quantizer or choices; get it again."
@@ -93,17 +122,23 @@ class DmpqConfig(QuantizationConfigMixin):
             InputError: If the configuration is of other experts.
         """
         given = self.assignment.get(layer.path)
-        keys = [given[name] for name in PROJECTIONS] if isinstance(given, Mapping) else [given] * 2
+        keys = [given.get(n) for n in PROJECTIONS] if isinstance(given, Mapping) else [given] * 2
         for part in keys:
             if not isinstance(part, list) or len(part) != layer.num_experts:
                 raise InputError(
                     f"The checkpoint's quantization_config gives no list of {layer.num_experts} "
                     f"formats for {layer.path}; it was edited, or belongs to another model."
                 )
-            strange = next((key for key in part if key not in self.choices), None)
-            if strange is not None:
-                raise unknown(f"format in {layer.path}", str(strange), self.choices)
+            strange = [key for key in part if not isinstance(key, str) or key not in self.choices]
+            if strange:
+                raise unknown(f"format in {layer.path}", str(strange[0]), self.choices)
         up, down = (tuple(map(str, part or ())) for part in keys)
+        pruned = [[Format.parse(key).is_pruned for key in side] for side in (up, down)]
+        if pruned[0] != pruned[1]:
+            raise InputError(
+                f"The checkpoint's quantization_config prunes (0) one of the projections of an "
+                f"expert in {layer.path}, and not the other; it was edited: get it again."
+            )
         return PackedLayer(layer, self.menu, (up, down), dtype)
 
 
@@ -127,12 +162,12 @@ class DmpqHfQuantizer(HfQuantizer):
                 f"The checkpoint's quantization_config names {sorted(unknown_paths)[0]}, which "
                 "the model does not have; it was edited, or belongs to another model."
             )
-        stored: dict[str, tuple[int, ...]] = {}
+        stored: dict[str, TensorInfo] = {}
         for experts in containers:
             if experts.path not in self.quantization_config.assignment:
                 continue  # experts that text does not reach are as they were
             packed = self.quantization_config.layer(experts.geometry(), experts.down.dtype)
-            stored |= {name: info.shape for name, info in packed.tensors().items()}
+            stored |= packed.tensors()
             pack(experts, PackedExperts(packed))
             # Some families draw an expert's weights at random from the block around it.
             block = model.get_submodule(experts.path.rpartition(".")[0])
@@ -141,6 +176,16 @@ class DmpqHfQuantizer(HfQuantizer):
         _ignore_guards(model)
         if checkpoint_files:
             _check_files(checkpoint_files, stored)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for name, buffer in model.named_buffers():
+            if f".{CHILD}." not in name or buffer.is_meta or not buffer.is_floating_point():
+                continue
+            if not torch.isfinite(buffer).all():
+                raise InputError(
+                    f"The quantized checkpoint holds values in {name} that are not finite; it is "
+                    "damaged: write it again with dmpq.apply."
+                )
 
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` writes what was loaded."""
@@ -190,22 +235,37 @@ def _ignore_guards(model: PreTrainedModel) -> None:
     model._keys_to_ignore_on_load_unexpected = {*known, r"experts\.(gate_)?up_proj$"}
 
 
-def _check_files(files: Sequence[str], stored: Mapping[str, tuple[int, ...]]) -> None:
+def _check_files(files: Sequence[str], stored: Mapping[str, TensorInfo]) -> None:
     """Refuse files that lack a packed tensor: transformers would only warn."""
-    found = {name: info.shape for file in files for name, info in TensorFile(file).tensors.items()}
+    found = {name: info for file in files for name, info in TensorFile(file).tensors.items()}
     strange = next((name for name in found if f".{CHILD}." in name and name not in stored), None)
     if strange is not None:
         raise InputError(
             f"The quantized checkpoint holds {strange}, of which its config.json says nothing; it "
             "was edited: write it again with dmpq.apply."
         )
-    for name, shape in stored.items():
-        if found.get(name) != shape:
-            what = "is missing" if name not in found else f"is {found[name]}, not {shape}"
-            raise InputError(
-                f"The quantized checkpoint does not hold what its config.json says: {name} "
-                f"{what}; it was edited or is incomplete: write it again with dmpq.apply."
-            )
+    for name, info in stored.items():
+        if name not in found:
+            what = "is missing"
+        elif found[name].shape != info.shape:
+            what = f"is {found[name].shape}, not {info.shape}"
+        elif not _same_kind(found[name].dtype, info.dtype):
+            what = f"is of {found[name].dtype}, not {info.dtype}"
+        else:
+            continue
+        raise InputError(
+            f"The quantized checkpoint does not hold what its config.json says: {name} "
+            f"{what}; it was edited or is incomplete: write it again with dmpq.apply."
+        )
+
+
+def _same_kind(found: torch.dtype, wanted: torch.dtype) -> bool:
+    """Return whether a type is the wanted one; weights may be in any float type."""
+    return found == wanted or (found.is_floating_point and wanted.is_floating_point)
+
+
+def _choices(menu: Menu) -> dict[str, dict[str, int]]:
+    return {f.key: {"bits": f.bits, "group_size": f.group_size} for f in menu.formats}
 
 
 def quantization_config(
@@ -214,7 +274,7 @@ def quantization_config(
     """Return the ``quantization_config`` of a folder's ``config.json``, as plain JSON values."""
     config = DmpqConfig(
         quantizer={"name": menu.quantizer, "symmetric": menu.symmetric},
-        choices={f.key: {"bits": f.bits, "group_size": f.group_size} for f in menu.formats},
+        choices=_choices(menu),
         assignment=dict(assignment),
         fingerprint=fingerprint,
     )

@@ -115,7 +115,9 @@ def _config(name: str) -> tuple[Any, bool]:
 
     if Path(name).is_dir():
         try:
-            return AutoConfig.from_pretrained(name, local_files_only=True), True
+            # Not left out: transformers would ask whether to run the folder's code.
+            options = {"local_files_only": True, "trust_remote_code": False}
+            return AutoConfig.from_pretrained(name, **options), True
         except (OSError, ValueError) as error:
             raise InputError(
                 f"The folder {name} holds no config that can be read ({first_line(error)}); "

@@ -337,7 +337,20 @@ def _fits(norms: Any, containers: Sequence[Experts]) -> bool:
     )
 
 
+def needs_its_code(name: str, error: Exception) -> InputError | None:
+    """Return the refusal of a checkpoint whose own code may not run; ``None`` for other errors."""
+    if "contains custom code" not in str(error):
+        return None
+    return InputError(
+        f"The checkpoint {name} comes with code of its own, which has not run; read it, and allow "
+        "it by --trust-remote-code, or give another checkpoint."
+    )
+
+
 def _load_error(name: str, local: bool, error: Exception) -> InputError:
+    refused = needs_its_code(name, error)
+    if refused is not None:
+        return refused
     reason = first_line(error)
     if local:
         plain = next((text for sign, text in _REASONS.items() if sign in str(error)), reason)

@@ -23,7 +23,7 @@ from dmpq.bitmap import BitMap
 from dmpq.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
 from dmpq.errors import InputError
 from dmpq.experts import Experts
-from dmpq.files import JsonLines, replace_atomically
+from dmpq.files import JsonLines, locked, replace_atomically
 from dmpq.formats import Format
 from dmpq.packed import PackedLayer, stored_parts, tensor_name
 from dmpq.quantization import quantize
@@ -165,17 +165,23 @@ class QuantizedCheckpoint:
             check: Whether to compare the weights with the map's fingerprint first.
 
         Raises:
-            InputError: If something is there, the disk is too small, or the weights are others.
+            InputError: If something is there, or another run is at work; if the disk is too small,
+                or the weights are others.
         """
-        if folder.exists():
+        if os.path.lexists(folder):  # a link to nowhere as well: it cannot be moved over
             raise InputError(f"{folder} exists already; remove it, or give another --out.")
         partial = folder.parent / f".{folder.name}.partial"
-        fresh = not self._goes_on(partial)
         self._check_disk(folder.parent, partial)
         if check:
             self.check_fingerprint(progress)
         partial.mkdir(parents=True, exist_ok=True)
-        if fresh:
+        with locked(partial, folder):
+            self._fill(partial, card, progress)
+            os.replace(partial, folder)
+
+    def _fill(self, partial: Path, card: str, progress: Progress) -> None:
+        """Write everything into a folder that no other run writes to."""
+        if not self._goes_on(partial):
             replace_atomically(partial / _STATE, json.dumps(self._state()).encode())
         shards = self._shards()
         writers = {
@@ -201,7 +207,6 @@ class QuantizedCheckpoint:
         self._write_texts(partial, shards, card)
         (partial / _STATE).unlink()
         (partial / _DONE).unlink()
-        os.replace(partial, folder)
 
     def _state(self) -> dict[str, str]:
         text = json.dumps([self.bitmap.to_json(), self.largest_shard], sort_keys=True)
@@ -209,14 +214,16 @@ class QuantizedCheckpoint:
 
     def _goes_on(self, partial: Path) -> bool:
         """Return whether an interrupted run of this very map is there; clear away another's."""
-        if not partial.exists():
-            return False
         try:
             if json.loads((partial / _STATE).read_text("utf-8")) == self._state():
                 return True
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
-        shutil.rmtree(partial)
+        for left in partial.iterdir():
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         return False
 
     def _check_disk(self, parent: Path, partial: Path) -> None:
@@ -294,6 +301,12 @@ class QuantizedCheckpoint:
                     factor = None if factors is None else factors[side]
                     quantized = quantize(weight, fmt, layer.menu, factor=factor)
                 for part, values in stored_parts(weight, quantized, layer.menu).items():
+                    if values.is_floating_point() and not torch.isfinite(values).all():
+                        raise InputError(
+                            f"Weights of expert {index} of {experts.path}, up to "
+                            f"{float(weight.abs().max()):.3g}, overflow its {part}, which is "
+                            "float16; search a map that leaves the expert at 16 bits."
+                        )
                     yield tensor_name(experts.path, side, key, part), row, values
 
     def _write_texts(

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
-from dmpq.files import replace_atomically
+from dmpq.files import locked, replace_atomically
 
 _MARK: Final = "config.json"
 _WRITTEN: Final = frozenset(
@@ -96,18 +96,5 @@ def only_run_in(folder: Path) -> Iterator[None]:
     Raises:
         InputError: If another run is at work in it.
     """
-    try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        yield
-        return
-    with (folder / _MARK).open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"Another run is at work in {folder}; wait for its end, or give another --out."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
+    with locked(folder / _MARK, folder):
         yield

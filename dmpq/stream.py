@@ -14,10 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dmpq.config import TASK_OPTIONS, SearchConfig, add_options, from_arguments
-from dmpq.console import CommandParser, exit_code, plain_console, progress_bars, quiet_libraries
+from dmpq.console import (
+    MOST_GIGABYTES,
+    CommandParser,
+    exit_code,
+    plain_console,
+    progress_bars,
+    quiet_libraries,
+)
 from dmpq.errors import InputError
 from dmpq.guard import make_agent, run_agent
 from dmpq.provenance import bitmap_of
+from dmpq.quantizer import Quantizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,8 +97,10 @@ def _streamed(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     config = replace(from_arguments(arguments), signal="gradient")
     limit = arguments.max_memory
-    if limit is not None and not 0 < limit < float("inf"):
-        raise InputError(f"--max-memory is {limit}; give a positive number of GB.")
+    if limit is not None and not 0 < limit <= MOST_GIGABYTES:
+        raise InputError(
+            f"--max-memory is {limit}; give a positive number of GB, {MOST_GIGABYTES:g} at most."
+        )
     if arguments.scratch is not None and not arguments.scratch.is_dir():
         raise InputError(f"There is no folder {arguments.scratch}; make it, or leave it out.")
     stream(
@@ -125,8 +135,13 @@ def stream(
     from dmpq.session import Session
 
     prepare(config)
+    if Quantizer.parse(config.quantizer).calibrated:
+        raise InputError(
+            f"--quantizer {config.quantizer} needs calibration text that a loaded model reads, "
+            "and here none is loaded; give rtn or hqq."
+        )
     agent = make_agent(config.agent)
-    if config.out is None:
+    if not config.out:
         raise InputError("There is no folder to write to; give --out.")
     folder = Path(config.out)
     source = Checkpoint(

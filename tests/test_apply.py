@@ -298,6 +298,23 @@ def test_a_run_of_another_map_starts_afresh(reference, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "bitmap.json").read_text())["versions"] == {"dmpq": "9"}
 
 
+def test_a_second_run_into_the_same_folder_is_refused(reference, tmp_path, monkeypatch):
+    _, made = reference
+    other = QuantizedCheckpoint(replace(made.bitmap, versions={"dmpq": "9"}), made.source)
+    packed = QuantizedCheckpoint._packed
+
+    def meanwhile(self, experts, layer):
+        with pytest.raises(InputError, match=r"Another run is at work in .*out; wait"):
+            other.write(tmp_path / "out", card="", check=False)
+        return packed(self, experts, layer)
+
+    monkeypatch.setattr(QuantizedCheckpoint, "_packed", meanwhile)
+    made.write(tmp_path / "out", card="", check=False)
+    written = BitMap.read(tmp_path / "out" / "bitmap.json")
+    assert written.versions == made.bitmap.versions
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_plain_load_without_the_import_fails_instead_of_guessing(reference):
     folder, _ = reference
     code = (
@@ -315,6 +332,14 @@ def edited(folder, tmp_path):
     copy = tmp_path / "edited"
     shutil.copytree(folder / "out", copy)
     return copy, json.loads((copy / "config.json").read_text())
+
+
+def prune_half_of_an_expert(config):
+    written = config["quantization_config"]
+    written["choices"] = {"0": {"bits": 0, "group_size": 128}, **written["choices"]}
+    keys = first_layer(config)
+    path = next(iter(written["assignment"]))
+    written["assignment"][path] = {"gate_up": ["0", *keys[1:]], "down": keys}
 
 
 def first_layer(config):
@@ -337,6 +362,26 @@ def first_layer(config):
             lambda c: c["quantization_config"]["assignment"].update(x=["2"]),
             "names x, which the model does not have",
         ),
+        (lambda c: first_layer(c).__setitem__(0, ["8"]), "Unknown format"),
+        (lambda c: c["quantization_config"].update(assignment=None), "no mapping"),
+        (lambda c: c["quantization_config"].pop("assignment"), "missing or unknown keys"),
+        (lambda c: c["quantization_config"].update(extra=1), "missing or unknown keys"),
+        (
+            lambda c: c["quantization_config"]["assignment"].update(
+                {"model.layers.1.mlp.experts": {"gate_up": []}}
+            ),
+            "no list of 16 formats",
+        ),
+        (prune_half_of_an_expert, "prunes .* one of the projections"),
+        (lambda c: c["quantization_config"]["quantizer"].update(name=5), "names no quantizer"),
+        (
+            lambda c: c["quantization_config"]["quantizer"].update(symmetric="no"),
+            "names no quantizer",
+        ),
+        (
+            lambda c: c["quantization_config"]["choices"]["8"].update(bits=2),
+            "other bits and group sizes",
+        ),
     ],
 )
 def test_an_edited_configuration_is_refused(reference, tmp_path, edit, message):
@@ -354,6 +399,25 @@ def test_a_missing_tensor_is_refused_not_drawn_at_random(reference, tmp_path):
     del tensors[name]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"{re.escape(name)} is missing"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("scale", lambda t: t.fill_(float("nan")), "values in .*scale that are not finite"),
+        ("zero", lambda t: t.fill_(float("inf")), "values in .*zero that are not finite"),
+        ("codes", lambda t: t.float(), r"codes is of torch\.float32, not torch\.uint8"),
+        ("scale", lambda t: t.to(torch.int64), r"scale is of torch\.int64, not torch\.float16"),
+    ],
+)
+def test_an_edited_tensor_is_refused(reference, tmp_path, part, change, message):
+    copy, _ = edited(reference[0], tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(f".{part}"))
+    tensors[name] = change(tensors[name])
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
         AutoModelForCausalLM.from_pretrained(copy)
 
 
@@ -386,8 +450,11 @@ def test_a_map_of_another_geometry_is_refused(reference, saved, tmp_path, capsys
 
 def test_what_is_there_is_not_overwritten(reference, tmp_path, capsys):
     folder, _ = reference
-    said = refused(capsys, folder / "bitmap.json", "--out", folder / "out")
-    assert "exists already" in said
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (folder / "out", tmp_path / "link"):
+        said = refused(capsys, folder / "bitmap.json", "--out", out)
+        assert "exists already" in said
+    assert [one.name for one in tmp_path.iterdir()] == ["link"]
 
 
 def test_too_little_memory_or_disk_is_refused_before_anything(
@@ -458,3 +525,59 @@ def test_damaged_sources_are_refused(saved, tmp_path, capsys):
     with pytest.raises(InputError, match=r"expert 3 of \S+ that are not finite"):
         damaged.expert(damaged.moe.containers[0], "down", 3)
     assert "lacks model.safetensors" in outcome(lambda copy: (copy / "model.safetensors").unlink())
+    index = "model.safetensors.index.json"
+    assert "names no shards" in outcome(lambda copy: (copy / index).write_text("[" * 100_000))
+
+
+def test_weights_that_overflow_their_scales_are_refused(tmp_path, capsys):
+    model = build("olmoe")
+    model.model.layers[1].mlp.experts.down_proj.data[3] *= 1e8
+    model.save_pretrained(tmp_path / "model")
+    moe = MoEModel(model, name=str(tmp_path / "model"))
+    bitmap = bitmap_of(moe, MENU, np.full(moe.spec.num_experts, 3), tmp_path)
+    bitmap.write(tmp_path / "bitmap.json")
+    said = refused(capsys, tmp_path / "bitmap.json", "--out", tmp_path / "out")
+    assert "Weights of expert 3 of model.layers.1.mlp.experts, up to" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", [0, 3, 9])
+def test_experts_stored_together_must_be_as_many_as_the_configuration_says(count, saved, tmp_path):
+    folder, _ = saved("gpt_oss")
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors[name] = torch.cat([tensors[name]] * 2)[:count]
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"other shapes .*{name}: \({count}, 16, 32\), not \(8"):
+        Checkpoint(str(tmp_path / "copy"))
+
+
+def test_an_expert_of_another_shape_is_refused_where_it_is_read(saved, tmp_path):
+    folder, _ = saved("olmoe")
+    shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [one for one in tensors if "down_proj" in one]:
+        tensors[name] = tensors[name].mT.contiguous()
+    save_file(tensors, tmp_path / "copy" / "model.safetensors", metadata={"format": "pt"})
+    source = Checkpoint(str(tmp_path / "copy"))
+    experts = source.moe.containers[0]
+    with pytest.raises(InputError, match=r"other shapes .*: \(16, 32\), not \(32, 16\)"):
+        source.expert(experts, "down", 0)
+    with pytest.raises(InputError, match="other shapes"):
+        source.parameter(f"{experts.path}.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--threads", "100000", "--threads 100000 makes no sense; give 1 to 1,024"),
+        ("--threads", str(2**40), "makes no sense; give 1 to 1,024"),
+        ("--max-shard-size", "1e300", "--max-shard-size is 1e+300; give a positive number of GB"),
+        ("--max-memory", "nan", "--max-memory is nan; give a positive number of GB"),
+    ],
+)
+def test_numbers_of_no_sense_are_refused(option, value, message, reference, tmp_path, capsys):
+    folder, _ = reference
+    said = refused(capsys, folder / "bitmap.json", "--out", tmp_path / "out", f"{option}={value}")
+    assert message in said

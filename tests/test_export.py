@@ -239,6 +239,16 @@ def test_pruned_experts_are_refused_by_every_tool(tmp_path, capsys):
         assert "cannot hold this bit map" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--to", "--check"])
+def test_the_map_is_not_overwritten_by_what_is_made_of_it(option, tmp_path, capsys):
+    path = tmp_path / "bitmap.json"
+    olmoe(Menu.parse("4", symmetric=True)).write(path)
+    before = path.read_bytes()
+    assert main([str(path), option, "gptqmodel", "--out", str(path)]) == 2
+    assert "is the bit map itself; give another file" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
 def test_a_family_without_known_names_is_refused():
     bitmap = olmoe()
     odd = bitmap_of(

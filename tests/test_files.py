@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from dmpq.errors import InputError
 from dmpq.files import JsonLines, replace_atomically, safetensors_bytes
 
 
@@ -20,6 +21,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
         replace_atomically(target, b"new")
     assert target.read_bytes() == b"old"
     assert [f.name for f in tmp_path.iterdir()] == ["map.json"]
+
+
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null, where the user is root
+    with pytest.raises(InputError, match="is no ordinary file"):
+        replace_atomically(tmp_path / "pipe", b"{}")
+    assert (tmp_path / "pipe").is_fifo()
+    assert [f.name for f in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_files_are_readable_by_others_as_the_umask_says(tmp_path):

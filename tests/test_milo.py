@@ -61,6 +61,11 @@ def test_sixteen_bits_and_pruned_experts_carry_none():
     assert difference.tolist() == [0, rows, 0]
 
 
+def test_weights_that_overflow_the_scales_are_refused():
+    with pytest.raises(InputError, match=r"Weights of up to 1e\+08 overflow the scales"):
+        quantize(1e8 * torch.eye(8), Format(4), Menu.parse("4", quantizer="hqq+lr2"))
+
+
 def test_a_rank_above_the_matrix_s_is_refused():
     menu = Menu.parse("2", quantizer="hqq+lr49")
     with pytest.raises(InputError, match="rank 49 does not suit a matrix of 48 by 64"):

@@ -6,8 +6,11 @@ import pytest
 from families import FAMILIES
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
+from dmpq.checkpoint import Checkpoint
+from dmpq.errors import InputError
 from dmpq.installed import families
 from dmpq.models import main
+from dmpq.moe import load_model
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +108,18 @@ def test_show_refuses_in_one_sentence(name, reason, capsys):
     error = capsys.readouterr().err
     assert reason in error
     assert error.count("\n") == 1
+
+
+def test_the_code_of_a_folder_does_not_run(tmp_path, capsys, monkeypatch):
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    told = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # transformers would ask
+    assert main(["show", str(tmp_path)]) == 2
+    assert "holds no config that can be read" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"code of its own, which has not run; .* by --trust-rem"):
+        Checkpoint(str(tmp_path))
+    with pytest.raises(InputError, match="code of its own, which has not run"):
+        load_model(str(tmp_path))
+    assert not ran.exists()

@@ -80,10 +80,16 @@ def test_limits_that_cannot_be_kept_are_refused(tmp_path, capsys):
     assert "--max-memory allows 0.00" in refused(capsys, *SMALL, *out, "--max-memory", "1e-6")
     assert "give a positive number" in refused(capsys, *SMALL, *out, "--max-memory", "nan")
     assert "no folder" in refused(capsys, *SMALL, *out, "--scratch", tmp_path / "none")
-    said = refused(capsys, *SMALL, *out, "--quantizer", "gptq")
-    assert "needs calibration text" in said
+    assert "1e+09 at most" in refused(capsys, *SMALL, *out, "--max-memory", "1e300")
+    assert "give --out" in refused(capsys, *SMALL, "--out", "")
     said = refused(capsys, *SMALL, *out, "--avg-bits", "1")
     assert "avg-bits" in said
+
+
+def test_a_calibrated_quantizer_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dmpq.checkpoint.Checkpoint", None)
+    said = refused(capsys, *SMALL, "--out", tmp_path / "big", "--quantizer", "gptq")
+    assert "needs calibration text that a loaded model reads" in said
 
 
 def test_batches_shrink_with_the_memory():

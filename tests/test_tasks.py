@@ -13,10 +13,11 @@ from transformers import MixtralConfig, PreTrainedTokenizerFast
 from dmpq.bank import Bank
 from dmpq.data import TokenRequest
 from dmpq.errors import InputError
+from dmpq.families import auto_class
 from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
-from dmpq.moe import HEADS, MoEModel, load_model
+from dmpq.moe import HEADS, LANGUAGE_MODELLING, MoEModel, load_model
 from dmpq.profiling import measure_profile
 from dmpq.tasks.evaluator import MetricEvaluator, TaskEvaluator
 from dmpq.tasks.examples import Encoder, Example, Examples, TaskBatch
@@ -89,7 +90,9 @@ def model_of(task):
         id2label=dict(enumerate(labels)),
         label2id={name: i for i, name in enumerate(labels)},
     )
-    model = HEADS[TASKS[task].head].from_config(config)
+    head = TASKS[task].head
+    kind = auto_class(config) if head == LANGUAGE_MODELLING else HEADS[head]
+    model = kind.from_config(config)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -428,6 +431,36 @@ def test_where_data_is_short_each_role_gets_its_share(tmp_path):
             "does not stand at character 0",
         ),
         ("translation", [{"en": "a", "de": "b"}] * 9, {}, "has no column of source text"),
+        (
+            "translation",
+            [{"source": "a", "target": ["b"]}] * 9,
+            {},
+            "holds \"['b']\" where a text should be",
+        ),
+        (
+            "classification",
+            [{"sentence": None, "label": 1}] * 9,
+            {},
+            "holds 'None' where a text should be",
+        ),
+        (
+            "classification",
+            [{"sentence": "a", "label": "9" * 5000}] * 9,
+            {},
+            "The data has the label '999",
+        ),
+        (
+            "token-classification",
+            [{"tokens": [""], "ner_tags": ["O"]}] * 9,
+            {},
+            "No word of the sentence '' has a token",
+        ),
+        (
+            "question-answering",
+            [{"question": 5, "context": "b", "answers": [{"text": "b", "answer_start": 0}]}] * 9,
+            {},
+            "holds '5' where a text should be",
+        ),
     ],
 )
 def test_bad_data_is_refused_in_one_sentence(tmp_path, task, rows, options, said):
@@ -449,6 +482,10 @@ def test_bad_data_is_refused_in_one_sentence(tmp_path, task, rows, options, said
         ("a.tsv.gz", "no gzip", "cannot be read as .tsv"),
         ("a.parquet", "no parquet", "cannot be read as .parquet"),
         ("a.jsonl", "", "holds 0 examples"),
+        ("a.jsonl", '{"sentence": "\\ud800", "label": 0}\n' * 9, "cannot be read as .jsonl"),
+        ("a.json", '{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "cannot be read as .json"),
+        ("a.json", '{"data": [{"paragraphs": 5}]}', "cannot be read as .json"),
+        ("a.json", '{"data": [5]}', "cannot be read as .json"),
         ("a.bin", "x", "is no table that can be read"),
     ],
 )

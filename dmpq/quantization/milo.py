@@ -15,6 +15,7 @@ from typing import Final
 
 import torch
 
+from dmpq.errors import InputError
 from dmpq.formats import check_rank
 from dmpq.quantization.tensor import QuantizedTensor
 
@@ -41,7 +42,7 @@ def compensated(
         The round of the smallest residual, in the Frobenius norm.
 
     Raises:
-        InputError: If the rank is above that of the matrix.
+        InputError: If the rank is above that of the matrix, or the scales overflow.
     """
     check_rank(rank, weight.shape)
     best, least = None, float("inf")
@@ -49,7 +50,14 @@ def compensated(
     product = torch.zeros_like(weight)
     for _ in range(_ROUNDS):
         bare = quantize(weight - product)
-        u, s, v = torch.linalg.svd(weight - bare.dequantize(), full_matrices=False)
+        residual = weight - bare.dequantize()
+        if not torch.isfinite(residual).all():
+            raise InputError(
+                f"Weights of up to {float(weight.abs().max()):.3g} overflow the scales, which are "
+                "float16, so that no compensator can be computed; get the checkpoint again, or "
+                "use a quantizer without one."
+            )
+        u, s, v = torch.linalg.svd(residual, full_matrices=False)
         root = s[:rank, None].sqrt()
         factors = (quantize_factor(u[:, :rank].mT * root), quantize_factor(v[:rank] * root))
         found = replace(bare, compensator=factors)

@@ -13,7 +13,7 @@ from dmpq.errors import InputError
 from dmpq.moe import MoEModel
 from dmpq.tasks.columns import named, pair, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
-from dmpq.tasks.labels import class_of, refuse_long
+from dmpq.tasks.labels import class_of, refuse_long, text_of
 
 _TEXTS: Final = ("sentence", "text", "content", "review")
 _PAIRS: Final = (
@@ -66,7 +66,7 @@ class Classification:
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """Return one text, or pair, and its class."""
-        texts = [str(row[name]) for name in ("text", "second") if name in row]
+        texts = [text_of(row[name]) for name in ("text", "second") if name in row]
         ids = self.encoder.tokenizer(*texts, verbose=False).input_ids
         refuse_long(ids, self.encoder, texts[0])
         label = class_of(row["label"], self.encoder)

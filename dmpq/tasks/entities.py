@@ -13,7 +13,7 @@ from dmpq.errors import InputError
 from dmpq.moe import MoEModel
 from dmpq.tasks.columns import named, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
-from dmpq.tasks.labels import class_of, missing, refuse_long
+from dmpq.tasks.labels import class_of, missing, refuse_long, text_of
 
 _WORDS: Final = ("tokens", "words")
 _TAGS: Final = ("ner_tags", "tags", "labels", "label", "ner")
@@ -57,7 +57,7 @@ class TokenClassification:
             )
         if not len(words):
             raise InputError("The data holds a sentence without words; leave it out.")
-        words = [str(word) for word in words]
+        words = [text_of(word) for word in words]
         encoded = self.encoder.tokenizer(words, is_split_into_words=True, verbose=False)
         refuse_long(encoded.input_ids, self.encoder, " ".join(words))
         first: dict[int, int] = {}
@@ -65,6 +65,10 @@ class TokenClassification:
             if word is not None:
                 first.setdefault(word, place)
         kept = sorted(first)  # a word of nothing but strange characters may have no token
+        if not kept:
+            raise InputError(
+                f"No word of the sentence {' '.join(words)[:60]!r} has a token; leave it out."
+            )
         classes = [class_of(tags[word], self.encoder) for word in kept]
         names = {number: name for name, number in self.encoder.labels.items()}
         reference = [names[number] for number in range(self.encoder.classes)]

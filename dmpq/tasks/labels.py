@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from dmpq.errors import InputError, did_you_mean
 from dmpq.tasks.examples import Encoder
+
+_MOST_DIGITS: Final = 18
+"""Of a class's number; Python refuses to read numbers of some thousands."""
 
 
 def class_of(label: Any, encoder: Encoder) -> int:
@@ -22,13 +25,27 @@ def class_of(label: Any, encoder: Encoder) -> int:
     name = str(label).strip()
     if name in encoder.labels:
         return encoder.labels[name]
-    if name.isdecimal() and int(name) < encoder.classes:
+    if name.isdecimal() and len(name) <= _MOST_DIGITS and int(name) < encoder.classes:
         return int(name)
     known = ", ".join(encoder.labels)
     raise InputError(
         f"The data has the label {name[:80]!r}{did_you_mean(name, encoder.labels)}, and the "
         f"model's head has {encoder.classes} classes: {known[:200]}; give data with the model's "
         "labels, or name another column with --label-column."
+    )
+
+
+def text_of(value: Any) -> str:
+    """Return a text of the data as it is; what is none would be judged by its spelling in Python.
+
+    Raises:
+        InputError: If it is missing, or no text.
+    """
+    if isinstance(value, str):
+        return value
+    raise InputError(
+        f"The data holds {str(value)[:80]!r} where a text should be; correct it, leave the "
+        "example out, or name another column with --text-column."
     )
 
 

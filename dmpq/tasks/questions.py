@@ -15,7 +15,7 @@ from dmpq.errors import InputError
 from dmpq.moe import MoEModel
 from dmpq.tasks.columns import named, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
-from dmpq.tasks.labels import refuse_long
+from dmpq.tasks.labels import refuse_long, text_of
 
 _ARTICLES: Final = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
@@ -62,7 +62,7 @@ class QuestionAnswering:
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """Return question and context, with the tokens of the first answer."""
-        question, context = str(row["question"]), str(row["context"])
+        question, context = text_of(row["question"]), text_of(row["context"])
         texts, starts = _answers(row["answers"], question)
         encoded = self.encoder.tokenizer(
             question, context, return_offsets_mapping=True, verbose=False

@@ -25,6 +25,11 @@ _SPLITS: Final[Mapping[str, tuple[str, ...]]] = {
     "test": ("test",),
     "validation": ("valid", "dev", "val"),
 }
+_UNREADABLE: Final = (
+    *(OSError, ValueError, EOFError, zlib.error, csv.Error, RecursionError),
+    *(KeyError, TypeError, AttributeError),
+)
+"""What reading raises; the last three where objects of SQuAD's layout lack something."""
 _UNKNOWN_LABELS: Final = ({-1}, {None})
 """Labels of test sets that keep theirs, as GLUE's."""
 
@@ -190,7 +195,7 @@ def _read(file: Path) -> list[Row]:
         return _json(text, by_line=kind == ".jsonl")
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zlib.error, csv.Error, RecursionError) as error:
+    except _UNREADABLE as error:
         raise InputError(
             f"{file} cannot be read as {kind} ({first_line(error)}); correct it, or leave it out."
         ) from error
@@ -264,6 +269,8 @@ def _json(text: str, *, by_line: bool) -> list[Row]:
         by_line = True
     if by_line:
         whole = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if "\\ud" in text.lower():
+        json.dumps(whole, ensure_ascii=False).encode()  # half a surrogate pair is no text
     if isinstance(whole, dict) and isinstance(whole.get("data"), list):
         whole = [
             {

@@ -12,7 +12,7 @@ from dmpq.errors import InputError
 from dmpq.moe import MoEModel
 from dmpq.tasks.columns import named, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
-from dmpq.tasks.labels import missing, refuse_long
+from dmpq.tasks.labels import missing, refuse_long, text_of
 
 _SPARE: Final = 1.5
 """Tokens that a translation may have, for each of the reference's."""
@@ -55,7 +55,8 @@ class Translation:
 
     def encode(self, row: Mapping[str, Any]) -> Example:
         """Return prompt and reference; what matters is where the reference is predicted."""
-        tokenizer, source, target = self.encoder.tokenizer, str(row["source"]), str(row["target"])
+        tokenizer = self.encoder.tokenizer
+        source, target = text_of(row["source"]), text_of(row["target"])
         if tokenizer.eos_token_id is None:
             raise InputError(
                 "The tokenizer has no end-of-text token, by which a translation ends; set "

@@ -8,6 +8,7 @@ model has.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -103,6 +104,12 @@ class DmpqConfig(QuantizationConfigMixin):
         return own
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of which expert has which format, which the files with the weights hold too."""
+        content = [self.version, self.quantizer, self.choices, self.assignment, self.fingerprint]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @property
     def menu(self) -> Menu:
         """The formats on offer."""
         try:
@@ -175,7 +182,7 @@ class DmpqHfQuantizer(HfQuantizer):
         model.set_experts_implementation(IMPLEMENTATION)
         _ignore_guards(model)
         if checkpoint_files:
-            _check_files(checkpoint_files, stored)
+            _check_files(checkpoint_files, stored, self.quantization_config.digest)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, buffer in model.named_buffers():
@@ -235,9 +242,16 @@ def _ignore_guards(model: PreTrainedModel) -> None:
     model._keys_to_ignore_on_load_unexpected = {*known, r"experts\.(gate_)?up_proj$"}
 
 
-def _check_files(files: Sequence[str], stored: Mapping[str, TensorInfo]) -> None:
-    """Refuse files that lack a packed tensor: transformers would only warn."""
-    found = {name: info for file in files for name, info in TensorFile(file).tensors.items()}
+def _check_files(files: Sequence[str], stored: Mapping[str, TensorInfo], digest: str) -> None:
+    """Refuse files that lack a packed tensor, or are of another map: else nobody would notice."""
+    opened = [TensorFile(file) for file in files]
+    # What ``save_pretrained`` writes again has no digest.
+    if any(file.metadata.get(METHOD, digest) != digest for file in opened):
+        raise InputError(
+            "The quantized checkpoint's config.json gives experts other formats than its weights "
+            "were written with; it was edited: write it again with dmpq.apply."
+        )
+    found = {name: info for file in opened for name, info in file.tensors.items()}
     strange = next((name for name in found if f".{CHILD}." in name and name not in stored), None)
     if strange is not None:
         raise InputError(

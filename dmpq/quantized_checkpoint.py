@@ -34,7 +34,6 @@ LARGEST_SHARD: Final = 5 * 10**9
 BITMAP: Final = "bitmap.json"
 _STATE: Final = "apply.json"
 _DONE: Final = "apply.jsonl"
-_METADATA: Final = {"format": "pt"}
 _OTHERS: Final = "others"
 _COPIED: Final = ("*.json", "*.jinja", "*.model", "*.txt")
 _MATRICES: Final = 12
@@ -109,9 +108,14 @@ class QuantizedCheckpoint:
         }
 
     @cached_property
+    def _metadata(self) -> dict[str, str]:
+        """What the files' headers say beside the tensors."""
+        return {"format": "pt", hf.METHOD: hf.DmpqConfig(**self.quantization_config).digest}
+
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of the files that hold the tensors, their headers included."""
-        return sum(file_bytes(held, _METADATA) for held in self._shards().values())
+        return sum(file_bytes(held, self._metadata) for held in self._shards().values())
 
     @property
     def needed_memory(self) -> int:
@@ -185,7 +189,7 @@ class QuantizedCheckpoint:
             replace_atomically(partial / _STATE, json.dumps(self._state()).encode())
         shards = self._shards()
         writers = {
-            name: TensorFileWriter(partial / name, tensors, _METADATA)
+            name: TensorFileWriter(partial / name, tensors, self._metadata)
             for name, tensors in shards.items()
         }
         journal = JsonLines(partial / _DONE)

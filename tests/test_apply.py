@@ -349,12 +349,13 @@ def first_layer(config):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: first_layer(c).__setitem__(0, "8"), "does not hold what its config.json says"),
+        (lambda c: first_layer(c).__setitem__(0, "8"), "other formats than its weights"),
         (lambda c: first_layer(c).__setitem__(0, "5"), "Unknown format"),
+        (lambda c: first_layer(c).reverse(), "other formats than its weights were written with"),
         (lambda c: first_layer(c).pop(), "no list of 16 formats"),
         (
             lambda c: c["quantization_config"]["assignment"].pop("model.layers.1.mlp.experts"),
-            "of which its config.json says nothing",
+            "other formats than its weights were written with",
         ),
         (lambda c: c["quantization_config"].update(version=2), "by version 2"),
         (lambda c: c["quantization_config"].update(choices={}), "empty"),

@@ -252,9 +252,9 @@ def test_bad_log_importances_are_refused(bad):
 def test_a_large_model_is_projected_in_reasonable_time():
     problem = make_problem(layers=48, experts=128)
     _ = problem.linear_ratios
-    start = time.perf_counter()
+    start = time.process_time()  # not of other processes
     choice = problem.mckp()
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert problem.effective_bits(choice[None])[0] == pytest.approx(3.0, abs=1e-3)
 
 

@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--tokens", type=int, default=1024, help="that are profiled")
     parser.add_argument("--quantizer", default="rtn")
-    parser.add_argument("--max-memory", default="0.6", help="GB beside the imports")
+    parser.add_argument("--max-memory", default="0.65", help="GB beside the imports")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

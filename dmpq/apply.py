@@ -215,7 +215,11 @@ def calibration_factors(
     told = bitmap.calibration
     assert told is not None  # a valid map of a calibrated quantizer has it
     text = CalibrationText.from_json(told)
-    moe, tokenizer = load_model(source.name, revision=source.moe.revision)
+    moe, tokenizer = load_model(
+        source.name,
+        revision=source.moe.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
     windows = redrawn(text.dataset, tokenizer, text.draw)
     return Calibration(moe, windows, bitmap.menu.method).factors
 

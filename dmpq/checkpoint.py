@@ -92,7 +92,7 @@ class Checkpoint:
     ) -> None:
         source, local = checkpoint_source(name, revision)
         self.name = name
-        self._remote_code = trust_remote_code
+        self.trust_remote_code = trust_remote_code
         self.folder = Path(source) if local else _downloaded(name, revision)
         try:
             config = AutoConfig.from_pretrained(
@@ -134,7 +134,7 @@ class Checkpoint:
         """
         try:
             return AutoTokenizer.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=self._remote_code
+                self.folder, local_files_only=True, trust_remote_code=self.trust_remote_code
             )
         except Exception as error:  # a damaged file raises whatever its reader raises
             raise InputError(

@@ -37,6 +37,8 @@ _LOGITS: Final = 5
 """Copies of a batch's logits in fp32 that the loss and its gradient take, at most."""
 _HIDDEN: Final = 60
 """Vectors of the hidden width in fp32 per token that a layer takes, about."""
+_KEPT: Final = 10
+"""Vectors of the hidden width in fp32 per token that each layer leaves for the backward pass."""
 _MATRICES: Final = 12
 """Copies of an expert's larger matrix in fp32 that quantizing and running it take, at most."""
 _FLOATS: Final = ("hidden", "output", "gradient")
@@ -266,7 +268,8 @@ def memory_needed(source: Checkpoint) -> tuple[float, float]:
         for shape in (layer.gate_up_shape, layer.down_shape)
     )
     fixed = largest * (4 + stored) + matrix * 4 * _MATRICES
-    each = 4.0 * (_LOGITS * spec.vocab_size + _HIDDEN * spec.hidden_size)
+    vectors = _HIDDEN + _KEPT * spec.num_layers
+    each = 4.0 * (_LOGITS * spec.vocab_size + vectors * spec.hidden_size)
     return float(fixed), each
 
 

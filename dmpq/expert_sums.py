@@ -143,12 +143,18 @@ def weight_statistics(up: torch.Tensor, down: torch.Tensor) -> tuple[float, floa
         up: (out, in), gate and up.
         down: (out, in).
     """
-    matrices = [up.double(), down.double()]
-    flat = torch.cat([m.flatten() for m in matrices])
-    centred = flat - flat.mean()
+    # In 64 bits an expert is large: one copy of it, and one more, at a time.
+    outlier = max(_outlier_ratio(matrix) for matrix in (up, down))
+    row_variance = up.double().var(dim=1, unbiased=False).max()
+    flat = torch.cat([up.double().flatten(), down.double().flatten()])
+    norm = float(flat.norm())
+    centred = flat.sub_(flat.mean())
     variance = centred.square().mean()
     # An expert of zeros, pruned before it came here, has neither tails nor outliers.
-    kurtosis = centred.pow(4).mean() / variance.square() - 3 if variance > 0 else 0.0
-    outlier = max(float(m.abs().max() / m.abs().mean()) if m.any() else 1.0 for m in matrices)
-    row_variance = matrices[0].var(dim=1, unbiased=False).max()
-    return float(flat.norm()), float(kurtosis), outlier, float(row_variance)
+    kurtosis = centred.pow_(4).mean() / variance.square() - 3 if variance > 0 else 0.0
+    return norm, float(kurtosis), outlier, float(row_variance)
+
+
+def _outlier_ratio(matrix: torch.Tensor) -> float:
+    sizes = matrix.abs().double()
+    return float(sizes.max() / sizes.mean()) if sizes.any() else 1.0

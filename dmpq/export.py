@@ -97,6 +97,10 @@ def _run(arguments: argparse.Namespace) -> int:
     engine = None if arguments.check is None else engine_named(arguments.check)
     bitmap = BitMap.read(arguments.bitmap)
     quiet_libraries()
+    from dmpq.preflight import refuse_compensators
+
+    if arguments.to != DEQUANTIZED:
+        refuse_compensators(bitmap.menu, arguments.to if engine is None else engine.name)
     return _export(bitmap, arguments) if engine is None else _check(engine, bitmap, arguments)
 
 

@@ -37,6 +37,10 @@ class NothingLoadable(InputError):  # noqa: N818  # an answer, where a question 
     """No map within the rules and the budget."""
 
 
+OWN: Final = "dmpq"
+"""The engine that loads every map."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """A map as rules see it.
@@ -88,6 +92,20 @@ class Broken:
         return f"{self.found}: {self.rule.because} ({self.rule.source})"
 
 
+def refuse_compensators(menu: Menu, reader: str) -> None:
+    """Refuse a quantizer whose low-rank compensators a reader has no place for.
+
+    Raises:
+        InputError: If it has some, and the reader is not dmpq itself.
+    """
+    if menu.method.rank and reader != OWN:
+        raise InputError(
+            f"The quantizer is {menu.quantizer!r}, and {reader} has no place for compensators; "
+            "write the checkpoint with python -m dmpq.apply, or with python -m dmpq.export --to "
+            "dequantized."
+        )
+
+
 def broken_rules(engine: Engine, bitmap: BitMap) -> list[Broken]:
     """Return the rules that a map breaks, in the engine's order; none where it would load."""
     layout = Layout.of(bitmap)
@@ -99,7 +117,7 @@ def zero_points_of(menu: Menu) -> str:
     """Return the kind of zero-points that a menu stores: none, integer or float."""
     if menu.symmetric:
         return "none"
-    return "float" if menu.quantizer == "hqq" else "integer"
+    return "integer" if menu.method.integer_zero else "float"
 
 
 def _mixed(layout: Layout, allowed: str) -> str | None:

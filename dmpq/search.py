@@ -153,6 +153,10 @@ def search(config: SearchConfig, console: Console) -> str:
             if config.explain:
                 explainable(session.hardware)
             session.check()
+            if config.engine is not None:
+                from dmpq.preflight import refuse_compensators
+
+                refuse_compensators(session.menu, config.engine)
             run = _Run(session, agent, run_folder(config), console)
             alone.enter_context(only_run_in(run.folder))
             _introduce(run)

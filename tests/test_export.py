@@ -259,3 +259,12 @@ def test_a_family_without_known_names_is_refused():
     assert Plan.of(bitmap)
     with pytest.raises(InputError, match="named on disk is unknown"):
         Plan.of(odd)
+
+
+@pytest.mark.parametrize("options", [("--to", "gptqmodel"), ("--check", "vllm")])
+def test_compensators_are_refused_where_nothing_holds_them(options, tmp_path, capsys):
+    menu = Menu(MIXED.formats, "hqq+lr2")
+    olmoe(menu).write(tmp_path / "compensated.json")
+    assert main([str(tmp_path / "compensated.json"), *options]) == 2
+    said = capsys.readouterr().err
+    assert f"{options[1]} has no place for compensators" in said

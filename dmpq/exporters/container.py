@@ -54,10 +54,10 @@ def needed_bits(plan: Plan) -> int:
             "has one width for all experts; search without it in --bits."
         )
     menu = plan.bitmap.menu
-    if not menu.symmetric and menu.quantizer == "hqq":
+    if not menu.symmetric and not menu.method.integer_zero:
         raise InputError(
-            "The bit map's zero-points are floats (quantizer hqq), and a container holds "
-            "integers alone; search with --symmetric, or with --quantizer rtn."
+            f"The bit map's zero-points are floats (quantizer {menu.quantizer}), and a container "
+            "holds integers alone; search with --symmetric, or with --quantizer rtn."
         )
     return max(fmt.bits for fmt in formats) + (not menu.symmetric)
 

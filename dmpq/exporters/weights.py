@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from dmpq.bitmap import BitMap
 from dmpq.errors import InputError
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from dmpq.moe import Experts, MoEModel
     from dmpq.quantization import QuantizedTensor
-
-_WITHOUT_DATA: Final = ("rtn", "hqq")
 
 
 def check_fits(bitmap: BitMap, moe: MoEModel) -> None:
@@ -34,11 +32,11 @@ def check_fits(bitmap: BitMap, moe: MoEModel) -> None:
             f"{moe.name} has {moe.fingerprint[:12]}...; give the right --model."
         )
     bitmap.to_assignment(moe.spec)
-    if bitmap.menu.quantizer not in _WITHOUT_DATA:
+    if bitmap.menu.method.calibrated:
         raise InputError(
             f"The bit map's quantizer {bitmap.menu.quantizer!r} needs calibration text, and here "
             "weights are made anew from the checkpoint alone; use python -m dmpq.apply, or a map "
-            f"of {' or '.join(_WITHOUT_DATA)}."
+            "of rtn or hqq."
         )
     if bitmap.menu.pruned[pairs_of(bitmap)].any():
         raise InputError(

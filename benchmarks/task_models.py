@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import MixtralConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from dmpq.moe import HEADS
 from dmpq.tasks.examples import Example, TaskBatch
@@ -109,7 +109,7 @@ def untrained(
         output_router_logits=False,
         classifier_dropout=0.1,
     )
-    return HEADS[TASKS[task].head].from_config(config)
+    return HEADS.get(TASKS[task].head, AutoModelForCausalLM).from_config(config)
 
 
 def encode(

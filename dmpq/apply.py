@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dmpq.quantized_checkpoint import QuantizedCheckpoint
 
 _GIGABYTE: Final = 1e9
+_LARGEST_SHARD: Final = 5_000_000_000
 _EXAMPLES: Final = """examples:
   python -m dmpq.apply runs/.../bitmap.json --out olmoe-3bit
   python -m dmpq.apply bitmap.json --model path/to/checkpoint --out DIR --max-memory 2
@@ -74,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         help="refuse what would take more memory than this, beside that of the imports",
     )
     parser.add_argument(
-        "--max-shard-size", type=float, default=5.0, metavar="GB", help="default: %(default)s"
+        "--max-shard-size",
+        type=float,
+        default=_LARGEST_SHARD / _GIGABYTE,
+        metavar="GB",
+        help="default: %(default)s",
     )
     parser.add_argument(
         "--measure",
@@ -132,7 +137,7 @@ def apply(
     source: Checkpoint,
     folder: Path,
     *,
-    largest_shard: int,
+    largest_shard: int = _LARGEST_SHARD,
     max_memory: float | None = None,
     measure: bool = False,
 ) -> None:

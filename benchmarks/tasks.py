@@ -38,8 +38,8 @@ from dmpq.tasks.tables import read_tables
 RESULTS = Path(__file__).parent / "results" / "tasks.json"
 RECIPES = {
     "classification": Recipe(vocabulary=4000, epochs=8, dropout=0.2),
-    "token-classification": Recipe(vocabulary=3000, epochs=8, dropout=0.1),
-    "question-answering": Recipe(vocabulary=3000, epochs=2, dropout=0.05),
+    "token-classification": Recipe(vocabulary=3000, epochs=20, dropout=0.2),
+    "question-answering": Recipe(vocabulary=3000, epochs=12, dropout=0.1),
     "translation": Recipe(vocabulary=2000, epochs=8),
 }
 SEARCH = ("--profile-tokens", "2048", "--search-tokens", "8192", "--selection-tokens", "8192")

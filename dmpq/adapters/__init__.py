@@ -37,5 +37,6 @@ def adapted_containers(model: nn.Module) -> list[Experts]:
         if not isinstance(attached, StackedExperts):
             attached = _ADAPTERS[type(module).__name__](model, path)
             vars(module)["forward"] = attached.family_forward
-        found.append(Experts(path, attached, router_of(model, path, attached.num_experts)))
+        router = router_of(model, path, attached.num_experts)
+        found.append(Experts(path, attached, router, attached.sources))
     return found

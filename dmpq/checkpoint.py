@@ -29,7 +29,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from dmpq.adapters.stacked import StackedExperts
 from dmpq.errors import InputError, first_line
 from dmpq.experts import Experts
 from dmpq.families import auto_class
@@ -114,12 +113,6 @@ class Checkpoint:
                 f"({first_line(error)}); get it again, or write it by save_pretrained."
             ) from error
         self.moe = MoEModel(model, name=name, revision=revision)
-        if any(isinstance(one.module, StackedExperts) for one in self.moe.containers):
-            raise InputError(
-                f"{name} is of family {config.model_type!r}, whose experts stand outside "
-                "transformers' experts interface; its checkpoints cannot be packed: write the "
-                "dequantized one (python -m dmpq.export --to dequantized)."
-            )
         self._files = self._opened()
         self._shapes = {key: tuple(one.shape) for key, one in model.state_dict().items()}
         self._groups = self._grouped(model)

@@ -101,6 +101,26 @@ class Experts:
             )
         ]
 
+    def put(self, model: nn.Module, expert: int, side: int, matrix: torch.Tensor) -> None:
+        """Write one expert's matrix into the model's own parameters.
+
+        An adapter may keep its experts as a copy, which is left as it is.
+
+        Args:
+            model: The model of the container.
+            expert: Index of the expert.
+            side: 0 for gate+up, 1 for down.
+            matrix: (out, in).
+        """
+        source = self.sources[expert][side]
+        own = [
+            model.get_parameter(f"{self.path}.{name}").data[start:stop].flatten(0, -2)
+            for name, start, stop in source.rows
+        ]
+        rows = matrix.mT if source.transposed else matrix
+        for part, values in zip(own, rows.split([len(part) for part in own]), strict=True):
+            part.copy_(values)
+
     def geometry(self, layer: MoELayer | None = None) -> MoELayer:
         """Return the layer's geometry, its shapes read off the weights.
 

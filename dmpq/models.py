@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; 2 on bad input."""
     parser = CommandParser(
         prog="python -m dmpq.models",
-        description="The MoE families of the installed transformers, and how each is supported.",
+        description="The MoE families of the installed transformers, and how each is supported. "
+        "All but the refused ones can be searched, and packed by python -m dmpq.apply.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -100,8 +101,13 @@ def _show(arguments: Any, console: Console) -> int:
             console.print(f"{side:<12} {_shape(weight)} (experts, out, in)")
         router = "told by no single matrix" if first.router is None else _shape(first.router)
         console.print(f"router       {router}")
+        for side, name in enumerate(("gate+up" if first.module.has_gate else "up", "down")):
+            rows = " + ".join(name for name, _, _ in first.sources[0][side].rows)
+            console.print(f"expert 0     {name} in {rows}")
         for line in _disk_names(config.model_type, first.path):
             console.print(f"on disk      {line}")
+    kind = auto_class(config).__name__
+    console.print(f"\npacked       by python -m dmpq.apply; {kind} loads it after import dmpq.hf")
     return 0
 
 

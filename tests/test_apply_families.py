@@ -9,16 +9,18 @@ import pytest
 import torch
 from families import FAMILIES, build_tiny, tiny_config
 from test_apply import bitmap_of, evaluated
-from transformers import Llama4ForConditionalGeneration
+from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 
 from dmpq.bank import Bank
 from dmpq.calibration import Calibration
 from dmpq.checkpoint import Checkpoint
 from dmpq.data import CalibrationText, Draw
 from dmpq.errors import InputError
+from dmpq.exporters.dequantized import write_dequantized
 from dmpq.families import auto_class
 from dmpq.formats import Menu
-from dmpq.moe import MoEModel
+from dmpq.memory_probe import resident_bytes
+from dmpq.moe import MoEModel, load_model, reference_path
 from dmpq.packed import PackedExperts
 from dmpq.quantized_checkpoint import QuantizedCheckpoint
 from dmpq.streamed_model import StreamedModel
@@ -232,6 +234,30 @@ def test_adapted_checkpoints_have_the_fingerprint_of_the_model(family, saved):
         for e in range(experts.num_experts):
             assert torch.equal(source.expert(own, "gate_up", e), experts.gate_up[e])
             assert torch.equal(source.expert(own, "down", e), experts.down[e])
+
+
+@pytest.mark.parametrize("family", [*ADAPTED, "gpt_oss", "olmoe"])
+def test_a_dequantized_checkpoint_holds_every_expert(family, saved, tmp_path):
+    moe = MoEModel(copy.deepcopy(saved(family)[0].model), name=saved(family)[1])
+    assignment = drawn(moe, MENU)
+    layers, first, wanted = Bank(moe, MENU).layers, 0, []
+    for layer in layers:
+        own = assignment[first : first + layer.experts.num_experts]
+        wanted.append([layer.variant(e, int(fmt)) for e, fmt in enumerate(own)])
+        first += len(own)
+    bitmap = bitmap_of(moe, MENU, assignment, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(reference_path())
+    write_dequantized(bitmap, moe, tokenizer, tmp_path / "out")
+    loaded, _ = load_model(str(tmp_path / "out"))
+    for experts, matrices in zip(loaded.containers, wanted, strict=True):
+        for e, (up, down) in enumerate(matrices):
+            assert torch.equal(experts.gate_up[e], up.bfloat16().float())
+            assert torch.equal(experts.down[e], down.bfloat16().float())
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "llama4 with pictures"])
+def test_a_packed_model_s_memory_is_measured(family, mixed):
+    assert resident_bytes(mixed(family)[1]) > 0
 
 
 @pytest.mark.parametrize("family", ADAPTED)

@@ -2,7 +2,9 @@
 
 An adapter shows a family's experts in the interface's form (:class:`dmpq.adapters.stacked
 .StackedExperts`), and gives each of the model's own experts modules a forward of its own, on the
-instance, that runs them by the function attached to it. No class is changed.
+instance, that runs them by the function attached to it. No class is changed. It also says which
+rows of the model's own parameters are an expert's, so that checkpoints are read, packed and
+written expert by expert as those of other families are.
 """
 
 from __future__ import annotations

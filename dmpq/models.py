@@ -101,13 +101,14 @@ def _show(arguments: Any, console: Console) -> int:
             console.print(f"{side:<12} {_shape(weight)} (experts, out, in)")
         router = "told by no single matrix" if first.router is None else _shape(first.router)
         console.print(f"router       {router}")
-        for side, name in enumerate(("gate+up" if first.module.has_gate else "up", "down")):
-            rows = " + ".join(name for name, _, _ in first.sources[0][side].rows)
-            console.print(f"expert 0     {name} in {rows}")
+        for (side, _), source in zip(sides, first.sources[0], strict=True):
+            rows = " + ".join(parameter for parameter, _, _ in source.rows)
+            console.print(f"expert 0     {side} in {rows}")
         for line in _disk_names(config.model_type, first.path):
             console.print(f"on disk      {line}")
     kind = auto_class(config).__name__
-    console.print(f"\npacked       by python -m dmpq.apply; {kind} loads it after import dmpq.hf")
+    packed = f"by python -m dmpq.apply; {kind} loads it after import dmpq.hf"
+    console.print(f"\npacked       {packed}", soft_wrap=True)
     return 0
 
 

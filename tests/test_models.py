@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from families import FAMILIES
+from families import FAMILIES, tiny_config
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from dmpq.checkpoint import Checkpoint
@@ -89,8 +89,9 @@ def test_show_tells_shapes_router_and_names_on_disk(capsys):
         assert part in text
 
 
-def test_show_tells_where_an_adapted_family_keeps_an_expert(capsys):
-    assert main(["show", "dbrx"]) == 0
+def test_show_tells_where_an_adapted_family_keeps_an_expert(capsys, tmp_path):
+    tiny_config("dbrx").save_pretrained(tmp_path)
+    assert main(["show", str(tmp_path)]) == 0
     assert "gate+up in mlp.w1 + mlp.v1" in capsys.readouterr().out
     assert main(["show", "switch_transformers"]) == 0
     text = capsys.readouterr().out

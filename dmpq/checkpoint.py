@@ -29,7 +29,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from dmpq.adapters.stacked import StackedExperts
 from dmpq.errors import InputError, first_line
 from dmpq.experts import Experts
 from dmpq.families import auto_class
@@ -114,12 +113,6 @@ class Checkpoint:
                 f"({first_line(error)}); get it again, or write it by save_pretrained."
             ) from error
         self.moe = MoEModel(model, name=name, revision=revision)
-        if any(isinstance(one.module, StackedExperts) for one in self.moe.containers):
-            raise InputError(
-                f"{name} is of family {config.model_type!r}, whose experts stand outside "
-                "transformers' experts interface; its checkpoints cannot be packed: write the "
-                "dequantized one (python -m dmpq.export --to dequantized)."
-            )
         self._files = self._opened()
         self._shapes = {key: tuple(one.shape) for key, one in model.state_dict().items()}
         self._groups = self._grouped(model)
@@ -196,9 +189,9 @@ class Checkpoint:
                 found = self._files[source].tensors[source].shape
                 self._check_shape(name, found, self._shapes[name])
         for experts in self.moe.containers:
-            for side in SIDES:
+            for name in experts.own_parameters():
                 count = experts.num_experts
-                group = self._groups[self._parameter_name(experts, side)]
+                group = self._groups[name]
                 listed = count * len(group.targets)  # one list may hold those of two containers
                 wrong = [one for one in group.sources.values() if len(one) not in (1, listed)]
                 if wrong:
@@ -206,12 +199,6 @@ class Checkpoint:
                         f"The checkpoint {self.name} holds {len(wrong[0])} experts of "
                         f"{experts.path}, and its config.json says {count}; get it again."
                     )
-
-    @staticmethod
-    def _parameter_name(experts: Experts, side: str) -> str:
-        own = dict(experts.module.named_parameters(recurse=False))
-        wanted = experts.parameters[SIDES.index(side)]
-        return f"{experts.path}.{next(k for k, v in own.items() if v is wanted)}"
 
     def keep(self, paths: Sequence[str]) -> None:
         """Take some containers only, in this order: text does not reach all of every model.
@@ -230,11 +217,12 @@ class Checkpoint:
     @cached_property
     def _expert_groups(self) -> list[_Group]:
         """What the kept containers' weights are made of."""
-        return [
-            self._groups[self._parameter_name(experts, side)]
-            for experts in self.moe.containers
-            for side in SIDES
-        ]
+        return [self._groups[name] for name in self._own_parameters]
+
+    @property
+    def _own_parameters(self) -> list[str]:
+        """The model's parameters that hold the kept containers' weights."""
+        return [name for experts in self.moe.containers for name in experts.own_parameters()]
 
     @cached_property
     def other_tensors(self) -> dict[str, TensorInfo]:
@@ -249,9 +237,9 @@ class Checkpoint:
     @cached_property
     def other_parameters(self) -> dict[str, TensorInfo]:
         """Parameters that are made of the same tensors as the experts, but are none of them."""
-        own = {self._parameter_name(e, side) for e in self.moe.containers for side in SIDES}
         made = {name for group in self._expert_groups for name in group.targets}
-        shapes = {name: tuple(self.moe.model.get_parameter(name).shape) for name in made - own}
+        others = made - {*self._own_parameters}
+        shapes = {name: tuple(self.moe.model.get_parameter(name).shape) for name in others}
         return {name: TensorInfo(self.dtype, shape) for name, shape in sorted(shapes.items())}
 
     @property
@@ -263,8 +251,7 @@ class Checkpoint:
     @cached_property
     def dtype(self) -> torch.dtype:
         """What the experts are stored in."""
-        group = self._groups[self._parameter_name(self.moe.containers[0], "down")]
-        name = group.names[0]
+        name = self._groups[self.moe.containers[0].own_parameters(1)[0]].names[0]
         return self._files[name].tensors[name].dtype
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
@@ -279,31 +266,44 @@ class Checkpoint:
             side: ``"gate_up"`` or ``"down"``.
             index: Of the expert.
         """
-        name = self._parameter_name(experts, side)
-        found = self._expert(name, index, experts.num_experts)
-        self._check_shape(name, tuple(found.shape), self._shapes[name][1:])
+        source = experts.sources[index][SIDES.index(side)]
+        parts = []
+        for own, start, stop in source.rows:
+            name = f"{experts.path}.{own}"
+            part = self._rows(name, start, stop, experts.num_experts)
+            self._check_shape(name, tuple(part.shape[1:]), self._shapes[name][1:])
+            parts.append(part)
+        found = source.assembled(parts)
         if not torch.isfinite(found).all():
             raise InputError(
                 f"The checkpoint {self.name} holds values in expert {index} of {experts.path} "
                 "that are not finite; it is damaged, or overflowed where it was converted: get "
                 "it again."
             )
-        return found.mT if experts.module.is_transposed else found
+        return found
 
-    def _expert(self, name: str, index: int, count: int) -> torch.Tensor:
-        """Return one expert's slice of a parameter, as the module holds it."""
+    def _rows(self, name: str, start: int, stop: int, count: int) -> torch.Tensor:
+        """Return an expert's rows of a parameter, one of ``count`` where they are converted."""
         group = self._groups[name]
         if group.converter is None:
-            return self._read(group.names[0], index, index + 1)[0]
+            return self._read(group.names[0], start, stop)
+        if stop - start == 1:
+            return self._expert(group, group.converter, name, start, count)[None]
+        return self.parameter(name)[start:stop]
+
+    def _expert(
+        self, group: _Group, converter: WeightConverter, name: str, index: int, count: int
+    ) -> torch.Tensor:
+        """Return one row of a parameter of ``count``, an expert's, that is converted."""
         shapes = [self._files[key].tensors[key].shape for key in group.names]
         apart = all(len(names) == count for names in group.sources.values()) and all(
             len(shape) == 2 for shape in shapes
         )
-        if apart and all(map(_keeps_modules_apart, group.converter.operations)):
+        if apart and all(map(_keeps_modules_apart, converter.operations)):
             own = {text: [self._read(names[index])] for text, names in group.sources.items()}
             return self._converted(group, own)[name][0]
         fused = all(len(shape) == 3 and shape[0] == count for shape in shapes)
-        if fused and all(map(_keeps_rows_apart, group.converter.operations)):
+        if fused and all(map(_keeps_rows_apart, converter.operations)):
             own = {
                 text: [self._read(key, index, index + 1) for key in names]
                 for text, names in group.sources.items()
@@ -350,9 +350,9 @@ class Checkpoint:
         digest = hashlib.sha256()
         parameters = list(self.moe.model.named_parameters())
         counts = {
-            self._parameter_name(experts, side): experts.num_experts
+            name: experts.num_experts
             for experts in self.moe.containers
-            for side in SIDES
+            for name in experts.own_parameters()
         }
         for done, (name, parameter) in enumerate(parameters, 1):
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -367,9 +367,9 @@ class Checkpoint:
         """Yield a parameter in slices of its first dimension."""
         shape = tuple(self.moe.model.get_parameter(name).shape)
         group = self._groups[name]
-        if experts is not None:
+        if experts is not None and group.converter is not None:
             for index in range(experts):
-                piece = self._expert(name, index, experts)
+                piece = self._expert(group, group.converter, name, index, experts)
                 self._check_shape(name, tuple(piece.shape), shape[1:])
                 yield piece
         elif group.converter is None and shape:

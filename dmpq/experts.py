@@ -24,6 +24,29 @@ FORWARD: Final = "_dmpq_forward"
 _FLAGS: Final = frozenset({"is_transposed", "has_gate", "has_bias", "num_experts"})
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a model keeps one matrix of one expert: rows of its own parameters, on end.
+
+    Attributes:
+        rows: A parameter's name inside the container, the first row of its first dimension, and
+            the row after the last.
+        transposed: Whether these rows make (in, out).
+    """
+
+    rows: tuple[tuple[str, int, int], ...]
+    transposed: bool
+
+    def assembled(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the matrix (out, in) that these rows make, each given with its dimensions."""
+        matrix = torch.cat([part.flatten(0, -2) for part in parts])
+        return matrix.mT if self.transposed else matrix
+
+
+Sources = tuple[tuple[Source, Source], ...]
+"""By expert: where its gate+up stands, and where its down."""
+
+
 @dataclass(frozen=True, eq=False)
 class Experts:
     """All routed experts of one MoE layer.
@@ -32,11 +55,13 @@ class Experts:
         path: Module path of the container.
         module: The container, holding the experts' weights as 3-D parameters.
         router: The router's weight (E, hidden), where the family keeps one in the usual place.
+        sources: Where the model's own parameters hold each expert; empty where nobody asks.
     """
 
     path: str
     module: nn.Module
     router: torch.Tensor | None
+    sources: Sources = ()
 
     @property
     def num_experts(self) -> int:
@@ -61,6 +86,40 @@ class Experts:
     def parameters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """Gate and up weights, or up alone, and down weights, as the module holds them."""
         return getattr(self.module, self._up_name), self.module.down_proj  # type: ignore[return-value]
+
+    def own_parameters(self, *sides: int) -> list[str]:
+        """Return the paths of the model's parameters that hold the experts.
+
+        Args:
+            sides: 0 for those that hold gate+up, 1 for those that hold down; both by default.
+        """
+        return [
+            f"{self.path}.{name}"
+            for side in sides or (0, 1)
+            for name in dict.fromkeys(
+                name for pair in self.sources for name, _, _ in pair[side].rows
+            )
+        ]
+
+    def put(self, model: nn.Module, expert: int, side: int, matrix: torch.Tensor) -> None:
+        """Write one expert's matrix into the model's own parameters.
+
+        An adapter may keep its experts as a copy, which is left as it is.
+
+        Args:
+            model: The model of the container.
+            expert: Index of the expert.
+            side: 0 for gate+up, 1 for down.
+            matrix: (out, in).
+        """
+        source = self.sources[expert][side]
+        own = [
+            model.get_parameter(f"{self.path}.{name}").data[start:stop].flatten(0, -2)
+            for name, start, stop in source.rows
+        ]
+        rows = matrix.mT if source.transposed else matrix
+        for part, values in zip(own, rows.split([len(part) for part in own]), strict=True):
+            part.copy_(values)
 
     def geometry(self, layer: MoELayer | None = None) -> MoELayer:
         """Return the layer's geometry, its shapes read off the weights.
@@ -174,10 +233,20 @@ ExpertsInterface.register(IMPLEMENTATION, dispatch)
 def interface_containers(model: nn.Module) -> list[Experts]:
     """Return the containers of a model that use the experts interface, in the order of modules."""
     return [
-        Experts(path, module, router_of(model, path, module.num_experts))
+        Experts(path, module, router_of(model, path, module.num_experts), stacked_sources(module))
         for path, module in model.named_modules()
         if vars(module).keys() >= _FLAGS
     ]
+
+
+def stacked_sources(module: Any) -> Sources:
+    """Return the sources of experts that stand one upon the other in two 3-D parameters."""
+    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    up, down = (
+        [Source(((name, e, e + 1),), module.is_transposed) for e in range(module.num_experts)]
+        for name in names
+    )
+    return tuple(zip(up, down, strict=True))
 
 
 def router_of(model: nn.Module, path: str, num_experts: Any) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from dmpq.adapters.stacked import StackedExperts
 from dmpq.bitmap import PROJECTIONS, LayerAssignment
 from dmpq.errors import InputError, first_line, unknown
 from dmpq.experts import Experts
@@ -175,12 +177,12 @@ class DmpqHfQuantizer(HfQuantizer):
                 continue  # experts that text does not reach are as they were
             packed = self.quantization_config.layer(experts.geometry(), experts.down.dtype)
             stored |= packed.tensors()
-            pack(experts, PackedExperts(packed))
+            pack(model, experts, PackedExperts(packed))
             # Some families draw an expert's weights at random from the block around it.
             block = model.get_submodule(experts.path.rpartition(".")[0])
             block._is_hf_initialized = True  # type: ignore[assignment]
         model.set_experts_implementation(IMPLEMENTATION)
-        _ignore_guards(model)
+        _ignore_guards(model, containers)
         if checkpoint_files:
             _check_files(checkpoint_files, stored, self.quantization_config.digest)
 
@@ -204,16 +206,18 @@ class DmpqHfQuantizer(HfQuantizer):
         return False
 
 
-def pack(experts: Experts, packed: PackedExperts) -> None:
+def pack(model: PreTrainedModel, experts: Experts, packed: PackedExperts) -> None:
     """Replace a container's weights by packed ones."""
-    module = experts.module
-    own = dict(module.named_parameters(recurse=False))
-    replaced = [name for name, p in own.items() if any(p is w for w in experts.parameters)]
-    for name in replaced:
-        delattr(module, name)
-    module.add_module(CHILD, packed)
-    # Nothing of it is to be drawn at random: what is missing on disk is refused.
-    module._is_hf_initialized = True  # type: ignore[assignment]
+    container = model.get_submodule(experts.path)
+    for module in container.modules():
+        # Nothing of it is to be drawn at random: what is missing on disk is refused.
+        module._is_hf_initialized = True  # type: ignore[assignment]
+    for path in experts.own_parameters():
+        holder, _, name = path.rpartition(".")
+        delattr(model.get_submodule(holder), name)
+    container.add_module(CHILD, packed)
+    if isinstance(experts.module, StackedExperts):
+        experts.module.run_packed(CHILD, packed, _run)
 
 
 def _run(
@@ -232,14 +236,13 @@ def guard_name(experts: Experts) -> str:
 
     It has no values, and the name of a parameter that only an unpacked model has.
     """
-    own = dict(experts.module.named_parameters(recurse=False))
-    name = next(name for name, p in own.items() if p is experts.parameters[0])
-    return f"{experts.path}.{name}"
+    return experts.own_parameters(0)[0]
 
 
-def _ignore_guards(model: PreTrainedModel) -> None:
+def _ignore_guards(model: PreTrainedModel, containers: Sequence[Experts]) -> None:
     known = list(model._keys_to_ignore_on_load_unexpected or [])
-    model._keys_to_ignore_on_load_unexpected = {*known, r"experts\.(gate_)?up_proj$"}
+    guards = [f"{re.escape(guard_name(experts))}$" for experts in containers]
+    model._keys_to_ignore_on_load_unexpected = {*known, *guards}
 
 
 def _check_files(files: Sequence[str], stored: Mapping[str, TensorInfo], digest: str) -> None:

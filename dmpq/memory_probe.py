@@ -37,20 +37,25 @@ def main() -> int:
     """Load, run once, print; returns the exit code."""
     import psutil
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import dmpq.hf
     from dmpq.console import quiet_libraries
+    from dmpq.families import auto_class
 
     assert dmpq.hf.METHOD
     quiet_libraries()
     torch.set_num_threads(1)
     process = psutil.Process()
     before = process.memory_info().rss
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", use_safetensors=True)
+    kind = auto_class(AutoConfig.from_pretrained(sys.argv[1]))
+    model = kind.from_pretrained(sys.argv[1], dtype="auto", use_safetensors=True)
     ids = torch.arange(_TOKENS)[None] % model.config.get_text_config().vocab_size
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
     with torch.no_grad():
-        model(input_ids=ids, use_cache=False)
+        model(**inputs, use_cache=False)
     grown = process.memory_info().rss - before
     sys.stdout.write(json.dumps({"resident_bytes": grown}) + "\n")
     return 0

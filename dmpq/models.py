@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; 2 on bad input."""
     parser = CommandParser(
         prog="python -m dmpq.models",
-        description="The MoE families of the installed transformers, and how each is supported.",
+        description="The MoE families of the installed transformers, and how each is supported. "
+        "All but the refused ones can be searched, and packed by python -m dmpq.apply.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -100,8 +101,14 @@ def _show(arguments: Any, console: Console) -> int:
             console.print(f"{side:<12} {_shape(weight)} (experts, out, in)")
         router = "told by no single matrix" if first.router is None else _shape(first.router)
         console.print(f"router       {router}")
+        for (side, _), source in zip(sides, first.sources[0], strict=True):
+            rows = " + ".join(parameter for parameter, _, _ in source.rows)
+            console.print(f"expert 0     {side} in {rows}")
         for line in _disk_names(config.model_type, first.path):
             console.print(f"on disk      {line}")
+    kind = auto_class(config).__name__
+    packed = f"by python -m dmpq.apply; {kind} loads it after import dmpq.hf"
+    console.print(f"\npacked       {packed}", soft_wrap=True)
     return 0
 
 

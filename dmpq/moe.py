@@ -115,14 +115,15 @@ class MoEModel:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The model's geometry, the experts' shapes read off their weights."""
+        """The model's geometry, shapes of experts and the count of weights read off the model."""
         paths = [experts.path for experts in self.containers]
         spec = ModelSpec.from_config(self.model.config.to_dict(), name=self.name, paths=paths)
         layers = tuple(
             experts.geometry(layer)
             for layer, experts in zip(spec.moe_layers, self.containers, strict=True)
         )
-        return replace(spec, moe_layers=layers)
+        found = replace(spec, moe_layers=layers)
+        return found.counted(sum(one.numel() for one in self.model.parameters()))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -248,7 +248,11 @@ class PackedExperts(nn.Module):
             weights = renormalised(weights, kept[index])
         chosen = [e for e in index.unique().tolist() if e < count and not pruned[e]]
         output: torch.Tensor | None = None
-        for some in self._chunks(chosen, hidden.dtype):
+        for chunk in self._chunks(chosen, hidden.dtype):
+            # The interface counts the rows of one expert alone by torch.histc of one bin, which
+            # takes those of nobody as well, and products of more rows round otherwise.
+            alone = len(chunk) == 1 and bool((index != chunk[0]).any())
+            some = chunk * 2 if alone else chunk
             place = torch.full((count + 1,), len(some), dtype=index.dtype)
             place[some] = torch.arange(len(some), dtype=index.dtype)
             own = place.to(index.device)[index.clamp(max=count)]

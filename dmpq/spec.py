@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -104,6 +104,8 @@ class ModelSpec:
         value_dim: Width of a value there, likewise.
         sliding_window: Tokens that a layer with a window attends to; 0 for no such layers.
         windowed_layers: How many of the layers have it.
+        counted_parameters: Weights outside the routed experts, as a model at hand counts its own;
+            0 to derive them from the widths. Geometries that differ in it alone are equal.
     """
 
     name: str
@@ -125,6 +127,7 @@ class ModelSpec:
     value_dim: int = 0
     sliding_window: int = 0
     windowed_layers: int = 0
+    counted_parameters: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         optional = [f.name for f in fields(self) if f.default == 0]
@@ -190,7 +193,13 @@ class ModelSpec:
 
     @property
     def other_parameters(self) -> int:
-        """Weights outside the routed experts, all kept at the checkpoint's own precision."""
+        """Weights outside the routed experts, all kept at the checkpoint's own precision.
+
+        A count of them is exact; widths alone tell nothing of vision towers, state spaces, or
+        attention that no rule here knows.
+        """
+        if self.counted_parameters:
+            return self.counted_parameters
         dense_layers = self.num_layers - len(self.moe_layers)
         return (
             self.num_layers * self.attention_parameters_per_layer
@@ -199,6 +208,17 @@ class ModelSpec:
             + self.embedding_parameters * (1 if self.tie_word_embeddings else 2)
             + self.hidden_size
         )
+
+    def counted(self, parameters: int) -> ModelSpec:
+        """Return the geometry of a model that has so many weights in all, the experts' included.
+
+        It is this one where the widths tell as much.
+        """
+        others = parameters - self.expert_parameters
+        derived = replace(self, counted_parameters=0)
+        if others == derived.other_parameters:
+            return derived
+        return replace(self, counted_parameters=others)
 
     @cached_property
     def layer_of_expert(self) -> NDArray[np.int64]:
@@ -262,12 +282,15 @@ class ModelSpec:
             dense_intermediate_size=scaled(self.dense_intermediate_size, self.moe_layers[0]),
             moe_layers=layers,
             windowed_layers=max(windowed, min(1, other.windowed_layers)),
+            counted_parameters=0,
             **{name: getattr(other, name) for name in taken},
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the geometry as a plain dict."""
         data = asdict(self)
+        if not self.counted_parameters:
+            del data["counted_parameters"]
         data["moe_layers"] = list(data["moe_layers"])
         return data
 
@@ -413,14 +436,14 @@ def _read_fields(kind: type[Any], data: Any, what: str) -> dict[str, Any]:
     strange = next((key for key in data if key not in hints), None)
     if strange is not None:
         raise unknown(f"field of the {what}", str(strange), hints)
-    for field in fields(kind):
-        if field.name not in data:
-            if field.default is field.default_factory:
-                raise InputError(f"The {what} has no {field.name}; add it.")
+    for known in fields(kind):
+        if known.name not in data:
+            if known.default is known.default_factory:
+                raise InputError(f"The {what} has no {known.name}; add it.")
             continue
-        hint, value = hints[field.name], data[field.name]
+        hint, value = hints[known.name], data[known.name]
         if hint in (int, str, bool) and type(value) is not hint:
             raise InputError(
-                f"The {what}'s {field.name} is {value!r}; it must be of type {hint.__name__}."
+                f"The {what}'s {known.name} is {value!r}; it must be of type {hint.__name__}."
             )
     return dict(data)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from dmpq.adapters.stacked import StackedExperts
 from dmpq.checkpoint import SIDES, Checkpoint
 from dmpq.errors import InputError
 from dmpq.experts import Experts, run_stacked
@@ -36,10 +37,17 @@ class StreamedModel:
         dtype: What is computed in.
 
     Raises:
-        InputError: If the model keeps tensors that no checkpoint holds and no rule makes.
+        InputError: If the model keeps tensors that no checkpoint holds and no rule makes, or its
+            experts stand outside transformers' experts interface.
     """
 
     def __init__(self, source: Checkpoint, *, dtype: torch.dtype = torch.float32) -> None:
+        if any(isinstance(one.module, StackedExperts) for one in source.moe.containers):
+            raise InputError(
+                f"{source.name} is of family {source.moe.spec.model_type!r}, whose experts stand "
+                "outside transformers' experts interface; such a model cannot be streamed: load "
+                "it whole (python -m dmpq.search)."
+            )
         self.source = source
         self.dtype = dtype
         self.model = source.moe.model

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 
 from dmpq.bank import Bank
 from dmpq.experts import run_stacked
-from dmpq.families import refusal
+from dmpq.families import auto_class, refusal
 from dmpq.formats import Menu
 from dmpq.installed import REFUSED
 from dmpq.model_evaluator import ModelEvaluator
@@ -194,6 +195,19 @@ def test_the_geometry_counts_what_the_model_has(family, ids):
         assert layer.top_k == top_k.shape[1]
         shared = (3 if layer.gated else 2) * spec.hidden_size * layer.shared_intermediate_size
         assert shared == shared_parameters(moe, layer.path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_is_counted_once(family):
+    moe = tiny(family)
+    everything = plain(family).num_parameters()
+    assert moe.spec.expert_parameters + moe.spec.other_parameters == everything
+    config = tiny_config(family)
+    with torch.device("meta"):
+        spec = MoEModel(auto_class(config).from_config(config), name="meta").spec
+    assert spec.expert_parameters + spec.other_parameters == everything
+    again = ModelSpec.from_json(json.loads(json.dumps(moe.spec.to_json())))
+    assert again.other_parameters == moe.spec.other_parameters
 
 
 @pytest.mark.parametrize("family", FAMILIES)

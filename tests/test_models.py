@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from families import FAMILIES
+from families import FAMILIES, tiny_config
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
 from dmpq.checkpoint import Checkpoint
@@ -84,8 +84,19 @@ def test_show_tells_shapes_router_and_names_on_disk(capsys):
         "8 x 4,096 x 14,336",
         ".experts.*.w2.weight for .experts.down_proj",
         ".block_sparse_moe. for .mlp.",
+        "packed       by python -m dmpq.apply; AutoModelForCausalLM loads it",
     ):
         assert part in text
+
+
+def test_show_tells_where_an_adapted_family_keeps_an_expert(capsys, tmp_path):
+    tiny_config("dbrx").save_pretrained(tmp_path)
+    assert main(["show", str(tmp_path)]) == 0
+    assert "gate+up in mlp.w1 + mlp.v1" in capsys.readouterr().out
+    assert main(["show", "switch_transformers"]) == 0
+    text = capsys.readouterr().out
+    assert "down in expert_0.wo.weight" in text
+    assert "AutoModelForSeq2SeqLM loads it after import dmpq.hf" in text
 
 
 def test_show_reads_the_config_of_a_folder(capsys):

@@ -2,7 +2,9 @@
 
 An adapter shows a family's experts in the interface's form (:class:`dmpq.adapters.stacked
 .StackedExperts`), and gives each of the model's own experts modules a forward of its own, on the
-instance, that runs them by the function attached to it. No class is changed.
+instance, that runs them by the function attached to it. No class is changed. It also says which
+rows of the model's own parameters are an expert's, so that checkpoints are read, packed and
+written expert by expert as those of other families are.
 """
 
 from __future__ import annotations
@@ -37,5 +39,6 @@ def adapted_containers(model: nn.Module) -> list[Experts]:
         if not isinstance(attached, StackedExperts):
             attached = _ADAPTERS[type(module).__name__](model, path)
             vars(module)["forward"] = attached.family_forward
-        found.append(Experts(path, attached, router_of(model, path, attached.num_experts)))
+        router = router_of(model, path, attached.num_experts)
+        found.append(Experts(path, attached, router, attached.sources))
     return found

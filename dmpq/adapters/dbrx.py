@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dmpq.adapters.stacked import StackedExperts
-from dmpq.experts import dispatch
+from dmpq.experts import Source, dispatch
 
 
 class DbrxExperts(StackedExperts):
@@ -27,8 +27,9 @@ class DbrxExperts(StackedExperts):
 def adapt(model: nn.Module, path: str) -> StackedExperts:
     """Return the experts of the container at a path."""
     module: Any = model.get_submodule(path)
+    count, width = module.num_experts, module.ffn_hidden_size
     gate, up, down = (
-        matrix.data.view(module.num_experts, module.ffn_hidden_size, module.hidden_size)
+        matrix.data.view(count, width, module.hidden_size)
         for matrix in (module.mlp.w1, module.mlp.v1, module.mlp.w2)
     )
     return DbrxExperts(
@@ -37,4 +38,13 @@ def adapt(model: nn.Module, path: str) -> StackedExperts:
         act_fn=module.mlp.activation_fn,
         gated=True,
         transposed=True,
+        sources=tuple(_sources(start, start + width) for start in range(0, count * width, width)),
+    )
+
+
+def _sources(start: int, stop: int) -> tuple[Source, Source]:
+    """Return where an expert stands, its rows given; those of ``w2`` are columns of its down."""
+    return (
+        Source((("mlp.w1", start, stop), ("mlp.v1", start, stop)), False),
+        Source((("mlp.w2", start, stop),), True),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from dmpq.experts import dispatch
+from dmpq.experts import FORWARD, Source, Sources, dispatch, stacked_sources
 
 
 class StackedExperts(nn.Module):
@@ -23,9 +23,12 @@ class StackedExperts(nn.Module):
         act_fn: The activation.
         gated: Whether ``up`` holds a gate before the up projection.
         transposed: Whether weights are (in, out).
-        biases: (E, out) of up and of down, where the family has them.
         scales_input: Whether the routing weight multiplies the input, not the output.
+        sources: Where the model's own parameters hold each expert; by default under the names
+            of the interface.
     """
+
+    has_bias = False
 
     def __init__(
         self,
@@ -35,29 +38,38 @@ class StackedExperts(nn.Module):
         act_fn: Any,
         gated: bool,
         transposed: bool = False,
-        biases: tuple[torch.Tensor, torch.Tensor] | None = None,
         scales_input: bool = False,
+        sources: Sources | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = len(down)
         self.act_fn = act_fn
         self.has_gate = gated
-        self.has_bias = biases is not None
         self.is_transposed = transposed
         self.scales_input = scales_input
         self._is_expert_parallel = False
         self.has_post_expert_norm = False
-        name = "gate_up_proj" if gated else "up_proj"
-        tensors = {name: up, "down_proj": down}
-        if biases is not None:
-            tensors |= {f"{name}_bias": biases[0], "down_proj_bias": biases[1]}
-        for key, tensor in tensors.items():
+        self.sources = sources or stacked_sources(self)
+        for key, tensor in (("gate_up_proj" if gated else "up_proj", up), ("down_proj", down)):
             self.register_parameter(key, nn.Parameter(tensor, requires_grad=False))
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         activated: torch.Tensor = self.act_fn(gate) * up
         return activated
+
+    def run_packed(self, child: str, packed: nn.Module, run: Callable[..., torch.Tensor]) -> None:
+        """Give up the weights here, and run on packed ones from now on.
+
+        Args:
+            child: Name to keep them under.
+            packed: What the model keeps in place of its own weights.
+            run: Runs them; of the interface's signature.
+        """
+        for name in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj"):
+            delattr(self, name)
+        self.add_module(child, packed)
+        vars(self)[FORWARD] = run
 
     def family_forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Run by the arguments that the model's own experts module is called with.
@@ -66,6 +78,22 @@ class StackedExperts(nn.Module):
         whose module takes others says so in a class of its own.
         """
         return dispatch(self, *inputs)
+
+
+def sources_apart(experts: Mapping[str, nn.Module], up: str, down: str) -> Sources:
+    """Return the sources of experts that are modules of their own, of two linear layers each.
+
+    Args:
+        experts: By name inside the container, in order.
+        up: Name of the first layer.
+        down: Of the second.
+    """
+
+    def source(name: str, layer: str) -> Source:
+        rows = len(experts[name].get_parameter(f"{layer}.weight"))
+        return Source(((f"{name}.{layer}.weight", 0, rows),), False)
+
+    return tuple((source(name, up), source(name, down)) for name in experts)
 
 
 def stack(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

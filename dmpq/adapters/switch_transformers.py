@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmpq.adapters.stacked import StackedExperts, stack
+from dmpq.adapters.stacked import StackedExperts, sources_apart, stack
 from dmpq.experts import dispatch
 
 
@@ -25,10 +25,12 @@ class SwitchExperts(StackedExperts):
 
 def adapt(model: nn.Module, path: str) -> StackedExperts:
     """Return the experts of the container at a path."""
-    experts: list[Any] = list(model.get_submodule(path).children())
+    children: dict[str, Any] = dict(model.get_submodule(path).named_children())
+    experts = list(children.values())
     return SwitchExperts(
         stack([expert.wi.weight for expert in experts]),
         stack([expert.wo.weight for expert in experts]),
         act_fn=experts[0].act,
         gated=False,
+        sources=sources_apart(children, "wi", "wo"),
     )

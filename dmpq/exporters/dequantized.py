@@ -32,9 +32,10 @@ def write_dequantized(bitmap: BitMap, moe: MoEModel, tokenizer: Any, out: Path) 
 
     check_fits(bitmap, moe)
     with torch.no_grad():
-        for _, _, _, _, fmt, weight in matrices(bitmap, moe):
+        for _, experts, expert, side, fmt, weight in matrices(bitmap, moe):
             if fmt.is_quantized:
-                weight.copy_(quantized(weight, fmt, bitmap).dequantize(weight.dtype))
+                made = quantized(weight, fmt, bitmap).dequantize(weight.dtype)
+                experts.put(moe.model, expert, side, made)
     model = to_bfloat16(moe)
 
     def write(folder: Path) -> None:

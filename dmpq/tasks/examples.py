@@ -186,12 +186,15 @@ class TaskBatch:
 
     def repeat(self, copies: int) -> TaskBatch:
         """See :meth:`dmpq.batches.Batch.repeat`."""
-        parts = (self.ids, self.mask, self.targets)
-        read = None
-        if self.decoder is not None:
-            read = self.decoder[0].repeat(copies, 1), self.decoder[1].repeat(copies, 1)
-        every = (x.repeat(copies, 1) for x in parts)
-        return TaskBatch(self.task, self.examples * copies, *every, read)
+        read = self.decoder
+        return TaskBatch(
+            self.task,
+            self.examples * copies,
+            self.ids.repeat(copies, 1),
+            self.mask.repeat(copies, 1),
+            self.targets.repeat(copies, 1),
+            None if read is None else (read[0].repeat(copies, 1), read[1].repeat(copies, 1)),
+        )
 
     def split(self) -> Sequence[TaskBatch]:
         """See :meth:`dmpq.batches.Batch.split`."""

@@ -16,6 +16,18 @@ from transformers import (
     SwitchTransformersConfig,
 )
 
+SWITCH = "translation-encoder-decoder"
+"""Its name among the recipes of `benchmarks/tasks.py`."""
+SWITCH_RECIPE = Recipe(
+    vocabulary=2500,
+    epochs=5,
+    hidden=128,
+    layers=2,
+    intermediate=256,
+    learning_rate=3e-3,
+    longest=128,
+)
+
 
 def untrained_switch(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Any:
     """Return a random model with as many layers in the encoder as in the decoder."""

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from task_models import Recipe, encode, save, tokenizer_for, train, untrained
-from task_switch import untrained_switch
+from task_switch import SWITCH, SWITCH_RECIPE, untrained_switch
 
 from dmpq.config import SearchConfig
 from dmpq.console import quiet_libraries
@@ -42,20 +42,10 @@ RECIPES = {
     "token-classification": Recipe(vocabulary=3000, epochs=8, dropout=0.1),
     "question-answering": Recipe(vocabulary=3000, epochs=2, dropout=0.05),
     "translation": Recipe(vocabulary=2000, epochs=1),
-    "translation-encoder-decoder": Recipe(
-        vocabulary=2500,
-        epochs=5,
-        hidden=128,
-        layers=2,
-        intermediate=256,
-        learning_rate=3e-3,
-        longest=128,
-    ),
 }
-SWITCH = "translation-encoder-decoder"
-"""The recipe of a Switch Transformer; the others are of a Mixtral."""
 SEARCH = ("--profile-tokens", "2048", "--search-tokens", "8192", "--selection-tokens", "8192")
 HELDOUT = 16384
+RECIPES[SWITCH] = SWITCH_RECIPE
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from dmpq.moe import HEADS
-from dmpq.tasks.examples import Example, TaskBatch
+from dmpq.tasks.examples import Example, TaskBatch, padded_tokens
 from dmpq.tasks.splits import TASKS, Encoder
 
 PAD, END, SEP = "<pad>", "<end>", "<sep>"
@@ -121,9 +121,9 @@ def encode(
 ) -> tuple[Any, list[Example]]:
     """Return the task and its rows as the search encodes them."""
     config = model.config
-    encoder = Encoder(
-        tokenizer, dict(config.label2id), config.num_labels, config.max_position_embeddings
-    )
+    start = config.decoder_start_token_id if config.is_encoder_decoder else None
+    longest = config.expert_capacity if start is not None else config.max_position_embeddings
+    encoder = Encoder(tokenizer, dict(config.label2id), config.num_labels, longest, start)
     kind = TASKS[task](encoder)
     named = kind.columns(list(rows[0]), text=None, label=None, where="the training data")
     return kind, [kind.encode({k: row[v] for k, v in named.items()}) for row in rows]
@@ -133,11 +133,10 @@ def _batches(
     kind: Any, examples: Sequence[Example], recipe: Recipe, pad: int, rng: np.random.Generator
 ) -> Iterator[TaskBatch]:
     """Yield one epoch of batches of like lengths, in random order."""
-    noisy = [len(one.ids) + rng.uniform(0, 4) for one in examples]
+    noisy = [one.tokens + rng.uniform(0, 4) for one in examples]
     groups: list[list[Example]] = [[]]
     for i in np.argsort(noisy):
-        longest = max(len(examples[i].ids), *(len(one.ids) for one in groups[-1]), 0)
-        if groups[-1] and (len(groups[-1]) + 1) * longest > recipe.batch_tokens:
+        if groups[-1] and padded_tokens([*groups[-1], examples[i]]) > recipe.batch_tokens:
             groups.append([])
         groups[-1].append(examples[i])
     for g in rng.permutation(len(groups)):
@@ -169,7 +168,7 @@ def train(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
     )
-    tokens = recipe.epochs * sum(len(one.ids) for one in examples)
+    tokens = recipe.epochs * sum(one.tokens for one in examples)
     seen, epoch = 0, 0
     model.train()
     shell = _Shell(model)
@@ -182,12 +181,12 @@ def train(
             rate = min(1.0, done / _WARMUP) * min(1.0, (1 - done) / (1 - _WARMUP))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * max(rate, 0.01)
-            if recipe.dropout:
+            if recipe.dropout and batch.decoder is None:
                 drop = torch.from_numpy(rng.random(tuple(batch.ids.shape)) < recipe.dropout)
                 last = batch.ids == model.config.eos_token_id
                 batch.ids[drop & ~last & (batch.mask == 1)] = model.config.pad_token_id
             loss = batch.loss(batch.logits(shell), reduction="mean")
-            balance = shell.balance(batch.mask)
+            balance = shell.balance(batch)
             optimizer.zero_grad(set_to_none=True)
             (loss + _BALANCE * balance).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -207,20 +206,30 @@ class _Shell:
     def __init__(self, model: Any) -> None:
         self.model = model
         self._logits: list[torch.Tensor] = []
+        self._decodes: list[bool] = []
+        self._chosen = 1 if model.config.is_encoder_decoder else model.config.num_experts_per_tok
         for name, module in model.named_modules():
             if name.endswith("mlp.gate"):
                 module.register_forward_hook(self._note)
+            elif name.endswith("mlp.router"):
+                self._decodes.append(name.startswith("decoder"))
+                module.register_forward_hook(self._note_switch)
+
+    def _note_switch(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self._logits.append(output[2].flatten(0, 1))
 
     def _note(self, module: Any, inputs: Any, output: Any) -> None:
         hidden = inputs[0].reshape(-1, inputs[0].shape[-1])
         self._logits.append(hidden @ module.weight.T)
 
-    def balance(self, mask: torch.Tensor) -> torch.Tensor:
+    def balance(self, batch: TaskBatch) -> torch.Tensor:
         """Return Switch's balance loss of the last forward, the mean of its layers."""
-        kept, total = mask.flatten() == 1, torch.zeros(())
-        for logits in self._logits:
-            shares = logits[kept].softmax(-1)
-            chosen = torch.zeros_like(shares).scatter_(1, shares.topk(2).indices, 0.5)
+        total, k = torch.zeros(()), self._chosen
+        decodes = self._decodes or [False] * len(self._logits)
+        for logits, decoder in zip(self._logits, decodes, strict=True):
+            mask = batch.decoder[1] if batch.decoder is not None and decoder else batch.mask
+            shares = logits[mask.flatten() == 1].softmax(-1)
+            chosen = torch.zeros_like(shares).scatter_(1, shares.topk(k).indices, 1 / k)
             total = total + shares.shape[1] * (shares.mean(0) * chosen.mean(0)).sum()
         count, self._logits = len(self._logits), []
         return total / count

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from task_models import Recipe, encode, save, tokenizer_for, train, untrained
+from task_switch import SWITCH, SWITCH_RECIPE, untrained_switch
 
 from dmpq.config import SearchConfig
 from dmpq.console import quiet_libraries
@@ -44,6 +45,7 @@ RECIPES = {
 }
 SEARCH = ("--profile-tokens", "2048", "--search-tokens", "8192", "--selection-tokens", "8192")
 HELDOUT = 16384
+RECIPES[SWITCH] = SWITCH_RECIPE
 
 
 def main() -> None:
@@ -75,12 +77,20 @@ def make(arguments: argparse.Namespace) -> None:
     recipe = RECIPES[task]
     tokenizer = tokenizer_for([text for row in rows for text in _texts(row)], recipe.vocabulary)
     labels = sorted({str(one) for row in rows for one in _labels(task, row)})
-    model = untrained(task, recipe, tokenizer, labels)
-    kind, examples = encode(task, rows, model, tokenizer)
+    if task == SWITCH:
+        model = untrained_switch(recipe, tokenizer)
+    else:
+        model = untrained(task, recipe, tokenizer, labels)
+    kind, examples = encode(_kind(task), rows, model, tokenizer)
     spent = train(kind, examples, model, recipe, seconds=arguments.seconds, say=_say)
     save(model, tokenizer, folder / "model")
     print(f"{task}: {len(examples):,} examples, {spent:.0f} s of training")
     _record(task, {"training_examples": len(examples), "training_seconds": round(spent)})
+
+
+def _kind(recipe: str) -> str:
+    """Return the task as ``--task`` spells it."""
+    return "translation" if recipe == SWITCH else recipe
 
 
 def _texts(row: dict[str, Any]) -> Iterator[str]:
@@ -177,6 +187,7 @@ PREPARED: dict[str, Callable[[Path], dict[str, list[dict[str, Any]]]]] = {
     "token-classification": _wikigold,
     "question-answering": _squad,
     "translation": _multi30k,
+    SWITCH: _multi30k,
 }
 
 
@@ -186,7 +197,7 @@ def uniform(arguments: argparse.Namespace) -> None:
     config = SearchConfig(
         model=str(folder / "model"),
         dataset=str(folder / "data"),
-        task=task,
+        task=_kind(task),
         bits="2,3,4,8,16",
         profile_tokens=0,
         search_tokens=0,
@@ -215,7 +226,7 @@ def search(arguments: argparse.Namespace) -> None:
     for signal in arguments.signals:
         out = folder / f"search-{signal}-{arguments.avg_bits:g}"
         command = [sys.executable, "-m", "dmpq.search", "--model", str(folder / "model")]
-        command += ["--task", task, "--dataset", str(folder / "data"), "--signal", signal]
+        command += ["--task", _kind(task), "--dataset", str(folder / "data"), "--signal", signal]
         command += ["--weights", "acc=1", "--avg-bits", str(arguments.avg_bits), "--threads", "1"]
         command += [*SEARCH, "--heldout-tokens", str(HELDOUT), "--out", str(out)]
         subprocess.run([*command, "--evaluations", str(arguments.evaluations)], check=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from dmpq.data import Windows
+from dmpq.experts import Experts
 from dmpq.moe import MoEModel
 
 _PROBE_LENGTH: Final = 8
@@ -54,8 +55,13 @@ class Batch(Protocol):
     def loss(self, logits: torch.Tensor, *, reduction: str) -> torch.Tensor:
         """Return the cross-entropy of rows (R, classes), nats, by torch's ``reduction``."""
 
-    def real(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the values, of all tokens (sequences * length, ...), that are no padding's."""
+    def real(self, values: torch.Tensor, experts: Experts) -> torch.Tensor:
+        """Return the values, of all tokens of a layer (T, ...), that are no padding's.
+
+        Args:
+            values: Of the tokens that the experts see.
+            experts: Of the layer: an encoder's see other tokens than its decoder's.
+        """
 
     def repeat(self, copies: int) -> Batch:
         """Return the batch several times over, as one."""
@@ -126,8 +132,9 @@ class TextBatch:
         rows = logits.unflatten(0, self.read.shape)[:, :-1].flatten(0, 1)
         return functional.cross_entropy(rows, self.read[:, 1:].flatten(), reduction=reduction)
 
-    def real(self, values: torch.Tensor) -> torch.Tensor:
+    def real(self, values: torch.Tensor, experts: Experts) -> torch.Tensor:
         """Return all: no token is padding."""
+        del experts
         return values
 
     def repeat(self, copies: int) -> TextBatch:

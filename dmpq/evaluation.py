@@ -16,6 +16,52 @@ FAILURE_NATS: Final = 100.0
 """KL and NLL of a map whose logits are not finite: finite, and worse than any working map."""
 
 
+@dataclass(frozen=True)
+class LossUnit:
+    """What a search makes small, in the words of its tables and figures.
+
+    Attributes:
+        noun: Whose loss it is: the KL, or a task's metric.
+        unit: Of what is shown.
+        per: What it is a mean over; ``None`` where it is of the text as a whole.
+        text: What it is measured on.
+        shown: Units in one of an evaluator's.
+    """
+
+    noun: str = "KL"
+    unit: str = "nats"
+    per: str | None = "token"
+    text: str = "text"
+    shown: float = 1.0
+
+    @property
+    def axis(self) -> str:
+        """The label of an axis."""
+        if self.per is None:
+            return f"{self.noun} lost on search {self.text}, {self.unit}"
+        return f"{self.noun} to full precision on search {self.text}, {self.unit}/{self.per}"
+
+    def amount(self, loss: float) -> str:
+        """Return a loss, as evaluators measure it, with its unit."""
+        return f"{loss * self.shown:.3g} {self.unit} of {self.noun}"
+
+    def mean(self, loss: float) -> str:
+        """Return a loss with its unit, and what it is a mean over."""
+        per = f" of {self.noun}" if self.per is None else f" per {self.per}"
+        return f"{loss * self.shown:g} {self.unit}{per}"
+
+    @classmethod
+    def of_task(cls, metric: str | None = None) -> LossUnit:
+        """Return the unit of a task's KL, or of what its metric loses, in points of a percent.
+
+        Args:
+            metric: By which maps are searched; ``None`` where that is by the KL.
+        """
+        if metric is None:
+            return cls(per="answer", text="examples")
+        return cls(metric, "points", None, "examples", 100.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluations:
     """What K bit maps cost in quality.

@@ -69,6 +69,11 @@ class Experts:
         return self.down.shape[0]
 
     @property
+    def decodes(self) -> bool:
+        """Whether it stands in a decoder, by its path, which tells only of encoder-decoders."""
+        return "decoder" in self.path.split(".")
+
+    @property
     def _up_name(self) -> str:
         return "gate_up_proj" if self.module.has_gate else "up_proj"
 

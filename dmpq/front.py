@@ -12,6 +12,7 @@ import pandas as pd
 from dmpq.config import SearchConfig
 from dmpq.console import progress_bars
 from dmpq.errors import InputError
+from dmpq.evaluation import LossUnit
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.provenance import bitmap_of
 from dmpq.report import Row, front_figure, save_figure, table
@@ -65,10 +66,14 @@ def front(config: SearchConfig, console: Console) -> None:
                 session.journal.close()
             flat = pd.DataFrame([asdict(row) for row in rows])
             replace_atomically(folder / "front.csv", flat.to_csv(index=False).encode())
-            save_figure(front_figure(rows), folder / "front.png")
-    caption = (
-        f"KL (nats/token) and perplexity (per token) on {config.heldout_tokens:,} held-out tokens"
+            lost = LossUnit() if config.task is None else LossUnit.of_task()
+            save_figure(front_figure(rows, lost=lost), folder / "front.png")
+    judged = (
+        f"{config.heldout_tokens:,} held-out tokens"
+        if config.task is None
+        else f"{len(session.splits.heldout):,} held-out examples"
     )
+    caption = f"KL (nats/{lost.per}) and perplexity (per {lost.per}) on {judged}"
     console.print(table(rows, caption=caption, best=_POLICY))
     console.print(f"  wrote {folder}/ front.csv front.png maps/", soft_wrap=True)
 

@@ -172,7 +172,10 @@ class ModelEvaluator:
     ) -> _Batch:
         log_p = functional.log_softmax(logits, -1)
         taken = log_p.gather(-1, inputs.targets)
-        counted = [inputs.real(index) for index in selected]
+        counted = [
+            inputs.real(index, layer.experts)
+            for index, layer in zip(selected, self.bank.layers, strict=True)
+        ]
         members = tuple(
             torch.zeros(
                 len(index), layer.experts.num_experts, dtype=torch.bool, device=index.device
@@ -270,8 +273,10 @@ class ModelEvaluator:
                 chosen = [_taken(layer.selected).chunk(len(formats)) for layer in self.bank.layers]
                 for k, part in enumerate(logits.chunk(len(formats))):
                     moved = sum(
-                        _moved(batch.inputs.real(c[k]), m)
-                        for c, m in zip(chosen, batch.members, strict=True)
+                        _moved(batch.inputs.real(c[k], layer.experts), m)
+                        for c, m, layer in zip(
+                            chosen, batch.members, self.bank.layers, strict=True
+                        )
                     )
                     totals[k] += (*_compare(part, batch), moved)
         self._spent += len(formats) * self.tokens
@@ -360,7 +365,8 @@ class ModelEvaluator:
             known = prefix.moved[: first + 1]
         fresh = zip(self.bank.layers[len(known) :], batch.members[len(known) :], strict=True)
         real = batch.inputs.real
-        return logits, (*known, *(_moved(real(_taken(layer.selected)), m) for layer, m in fresh))
+        moved = (_moved(real(_taken(layer.selected), layer.experts), m) for layer, m in fresh)
+        return logits, (*known, *moved)
 
     def _runs(self, incumbent: _Incumbent) -> list[_Prefix]:
         """Return the incumbent's forwards on all batches, run the first time they are needed."""

@@ -157,10 +157,11 @@ class MoEModel:
         if not self.model.config.is_encoder_decoder:
             return token_ids
         second = token_ids[:, token_ids.shape[1] // 2 :]
-        return torch.cat([torch.full_like(second[:, :1], self._decoder_start), second], 1)
+        return torch.cat([torch.full_like(second[:, :1], self.decoder_start), second], 1)
 
     @cached_property
-    def _decoder_start(self) -> int:
+    def decoder_start(self) -> int:
+        """Token by which the decoder of an encoder-decoder starts."""
         config = self.model.config.to_dict()
         keys = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
         return next((config[key] for key in keys if config.get(key) is not None), 0)

@@ -251,7 +251,8 @@ def _gradient_pass(
         start = 0
         for layer, capture in zip(bank.layers, captures, strict=True):
             with torch.inference_mode():
-                _collect(sums, start, layer, [inputs.real(part) for part in capture.taken()])
+                real = [inputs.real(part, layer.experts) for part in capture.taken()]
+                _collect(sums, start, layer, real)
             start += layer.experts.num_experts
         counter()
     return sums

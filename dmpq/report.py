@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.evaluation import LossUnit
 from dmpq.files import replace_atomically
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ _HEADS: Final = {
 }
 _FEW_TOKENS: Final = 10.0
 _LARGE_PERPLEXITY: Final = 100.0
+_KL: Final = LossUnit()
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,11 @@ def pareto(cost: NDArray[np.float64], loss: NDArray[np.float64]) -> NDArray[np.i
 
 
 def plane(
-    problem: Problem, history: Sequence[Candidate], named: Mapping[str, NDArray[np.integer]]
+    problem: Problem,
+    history: Sequence[Candidate],
+    named: Mapping[str, NDArray[np.integer]],
+    *,
+    lost: LossUnit = _KL,
 ) -> Figure:
     """Draw loss against cost for every evaluated map, with the front.
 
@@ -209,12 +215,13 @@ def plane(
         problem: Says what a map costs.
         history: Every evaluated map; those on the search's own text are drawn.
         named: Maps to label, where the history has them.
+        lost: What the search makes small.
     """
     from matplotlib.figure import Figure
 
     own = [c for c in history if c.text is None]
     maps = np.array([c.assignment for c in own])
-    kl = np.array([c.kl for c in own])
+    kl = np.array([c.kl * lost.shown for c in own])
     latency = problem.costs(maps).latency_s * 1e6
     bits = problem.effective_bits(maps)
     places = {name: np.flatnonzero((maps == one).all(1)) for name, one in named.items()}
@@ -247,16 +254,17 @@ def plane(
         )
         axes.locator_params(axis="x", nbins=5)
         axes.ticklabel_format(axis="x", useOffset=False)
-    figure.axes[0].set_ylabel("KL to full precision on search text, nats/token")
+    figure.axes[0].set_ylabel(lost.axis)
     figure.axes[0].legend(frameon=False)
     return figure
 
 
-def front_figure(rows: Sequence[Row]) -> Figure:
+def front_figure(rows: Sequence[Row], *, lost: LossUnit = _KL) -> Figure:
     """Draw held-out loss against size, a line per allocation.
 
     Args:
         rows: Of one name for each line, at several sizes.
+        lost: The KL, of tokens or of answers.
     """
     from matplotlib.figure import Figure
 
@@ -267,7 +275,7 @@ def front_figure(rows: Sequence[Row]) -> Figure:
         axes.plot(*zip(*own, strict=True), "o-", color=colour, ms=4, lw=1, label=name)
     axes.set_yscale("log")
     axes.set_xlabel("effective bits per expert weight")
-    axes.set_ylabel("KL to full precision on held-out text, nats/token")
+    axes.set_ylabel(f"KL to full precision on held-out {lost.text}, {lost.unit}/{lost.per}")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)
     return figure

@@ -220,8 +220,7 @@ def _searched(run: _Run, problem: Problem) -> SearchResult:
                 run.best = candidate
             best = math.nan if run.best is None else run.best.kl
             spent = int(candidate.spent or candidate.evaluation)
-            loss = "drop" if config.signal == "task" else "KL"
-            run.session.progress(f"searching, best {loss} {best:.5f}", spent, evaluations)
+            run.session.progress(f"searching, best {_lost(config, best)}", spent, evaluations)
             if run.loop is not None:
                 run.loop.after(candidate, problem)
 
@@ -259,7 +258,13 @@ def _keep_best(run: _Run, problem: Problem) -> None:
             run.session, problem, run.best.assignment, evaluations=run.seen, tokens=tokens
         )
         bitmap.write(path)
-    run.console.print(f"The best map so far (KL {run.best.kl:.5f}) is in {path}.", soft_wrap=True)
+    lost = _lost(run.config, run.best.kl)
+    run.console.print(f"The best map so far ({lost}) is in {path}.", soft_wrap=True)
+
+
+def _lost(config: SearchConfig, loss: float) -> str:
+    """Return a map's loss as progress shows it: the KL, or the drop of the metric, of 1."""
+    return f"{'drop' if config.signal == 'task' else 'KL'} {loss:.5f}"
 
 
 def _evaluations_in(path: Path) -> int:
@@ -418,7 +423,8 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
     if result.policy is not None:
         result.policy.save(run.path("policy"))
     named = {"mckp": problem.mckp(), row.name: result.assignment}
-    plane = report.plane(problem, result.history, named)
+    lost = session.lost
+    plane = report.plane(problem, result.history, named, lost=lost)
     report.save_figure(plane, run.path("plane.png"))
     heat = report.heat_map(
         problem,
@@ -446,7 +452,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         "head_room": profile.head_room(),
         "unhit_experts": profile.unhit.tolist(),
         "constraints": asdict(problem.limits),
-        "shadow_prices": {name: price.to_json() for name, price in prices.items()},
+        "shadow_prices": {name: price.to_json(lost) for name, price in prices.items()},
         "do_not_fit": too_large,
         "failed_maps": failed,
         "tokens": {"profile": profile.cost_tokens, "search": result.tokens},
@@ -475,7 +481,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
             f"{device_memory(problem.hardware.capacity_bytes)}"
         )
     for price in prices.values():
-        run.console.print(f"  {said(price, problem)}")
+        run.console.print(f"  {said(price, problem, lost)}")
     if run.measured is not None:
         run.measured.show(row.name, run.console)
     if explanation is not None:
@@ -484,7 +490,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
         print_explanation(explanation, run.console, routing="measured")
     if failed:
         run.console.print(
-            f"  {failed} maps had no finite loss; each counts as {FAILURE_NATS:g} nats per token"
+            f"  {failed} maps had no finite loss; each counts as {lost.mean(FAILURE_NATS)}"
         )
     if profile.unhit.size:
         run.console.print(f"  calibration never hit experts {profile.unhit.tolist()}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dmpq.checks import check_numbers
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
-from dmpq.evaluation import Evaluator
+from dmpq.evaluation import Evaluator, LossUnit
 from dmpq.files import JsonLines
 from dmpq.formats import Menu
 from dmpq.hw_models import HardwareModel, Workload, load_hardware
@@ -142,6 +142,16 @@ class Session:
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self._loaded[1]
+
+    @property
+    def lost(self) -> LossUnit:
+        """What the search makes small, in words."""
+        if self.config.task is None:
+            return LossUnit()
+        from dmpq.tasks.splits import TASKS
+
+        metric: str = TASKS[self.config.task].metric
+        return LossUnit.of_task(metric if self.config.signal == "task" else None)
 
     @cached_property
     def splits(self) -> Splits | TaskSplits:

@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dmpq.evaluation import LossUnit
 from dmpq.limits import BITS_PER_BYTE, GIGABYTE
 from dmpq.objective import shown
 from dmpq.problem import Problem
@@ -54,6 +55,8 @@ _SCALE: Final = 1e3
 
 _BISECTIONS: Final = 100
 
+_KL: Final = LossUnit()
+
 
 @dataclass(frozen=True)
 class ShadowPrice:
@@ -63,7 +66,7 @@ class ShadowPrice:
         limit: Its name, as in :class:`~dmpq.objective.Constraints`.
         unit: What a unit is: effective bit, GB, ms or J.
         active: Whether the reward would rise without the limit.
-        nats: By how much the least KL falls, nats per token and unit.
+        loss: By how much the least loss falls, as the evaluator measures it, per unit.
         reward: By how much the reward rises, per unit.
         raised: Share by which the limit was raised to see it; 0 for a slope.
     """
@@ -71,15 +74,19 @@ class ShadowPrice:
     limit: str
     unit: str
     active: bool
-    nats: float
+    loss: float
     reward: float
     raised: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values with the unit in their names."""
+    def to_json(self, lost: LossUnit = _KL) -> dict[str, Any]:
+        """Return plain JSON values with the unit in their names.
+
+        Args:
+            lost: What the search makes small.
+        """
         return {
             "active": self.active,
-            f"nats_per_{self.unit}": self.nats,
+            f"{lost.unit}_per_{self.unit}": self.loss * lost.shown,
             f"reward_per_{self.unit}": self.reward,
             "raised_by": self.raised,
         }
@@ -99,13 +106,13 @@ def shadow_prices(problem: Problem) -> dict[str, ShadowPrice]:
     projection = problem.projection
     slopes = bool(projection.feasible(projection.solve(rewards)[None])[0])
     price = _slopes if slopes else _gains
-    by_reward, by_nats = price(problem, rewards), price(problem, problem.sensitivity)
+    by_reward, by_loss = price(problem, rewards), price(problem, problem.sensitivity)
     return {
         name: ShadowPrice(
             limit=name,
             unit=_UNITS[name],
             active=worth.active,
-            nats=by_nats[name].price if worth.active else 0.0,
+            loss=by_loss[name].price if worth.active else 0.0,
             reward=worth.price if worth.active else 0.0,
             raised=0.0 if slopes else _RAISED,
         )
@@ -113,8 +120,14 @@ def shadow_prices(problem: Problem) -> dict[str, ShadowPrice]:
     }
 
 
-def said(price: ShadowPrice, problem: Problem) -> str:
-    """Return one line on a limit: what it is, and what more of it is worth."""
+def said(price: ShadowPrice, problem: Problem, lost: LossUnit = _KL) -> str:
+    """Return one line on a limit: what it is, and what more of it is worth.
+
+    Args:
+        price: Of the limit.
+        problem: That it limits.
+        lost: What the search makes small.
+    """
     value = problem.limits.given()[price.limit]
     own = value != problem.constraints.given().get(price.limit)
     flag, amount = shown(price.limit, value)
@@ -122,7 +135,7 @@ def said(price: ShadowPrice, problem: Problem) -> str:
     if not price.active:
         return f"{name} is not active"
     unit = price.unit.replace("_", " ")
-    worth = f"{price.nats:.3g} nats of KL, {price.reward:.3g} reward per {unit}"
+    worth = f"{lost.amount(price.loss)}, {price.reward:.3g} reward per {unit}"
     if not price.raised:
         return f"{name} is active: {worth}"
     if not price.reward:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
+from dmpq.evaluation import LossUnit
 from dmpq.objective import Constraints, Weights
 from dmpq.shadow_prices import relaxation_prices, said, shadow_prices
 from dmpq.spec import load_geometry
@@ -73,25 +74,26 @@ def test_units():
         problem.sensitivity[rows, problem.mckp()].sum()
         - problem.sensitivity[rows, more.mckp()].sum()
     )
-    assert price.nats == pytest.approx(gain / 0.1, rel=0.15)  # the slope flattens with the limit
-    assert price.reward == pytest.approx(price.nats / problem.baselines.damage)
+    assert price.loss == pytest.approx(gain / 0.1, rel=0.15)  # the slope flattens with the limit
+    assert price.reward == pytest.approx(price.loss / problem.baselines.damage)
     keys = {"active", "nats_per_effective_bit", "reward_per_effective_bit", "raised_by"}
     assert set(price.to_json()) == keys
+    assert said(price, problem).split(": ")[1].startswith(f"{price.loss:.3g} nats of KL, ")
     # Of two limits of which one is looser, only the tight one has a price, in its own unit.
     memory = float(problem.costs(problem.mckp()[None]).memory_bytes[0])
     both = replace(problem, constraints=Constraints(avg_bits=8.0, memory_bytes=memory))
     loose, tight = shadow_prices(both).values()
-    assert (loose.active, loose.nats, loose.reward) == (False, 0.0, 0.0)
+    assert (loose.active, loose.loss, loose.reward) == (False, 0.0, 0.0)
     assert (tight.unit, tight.active) == ("GB", True)
-    per_bit = price.nats / problem.num_weights
-    assert tight.nats == pytest.approx(per_bit * 8e9, rel=0.05)
+    per_bit = price.loss / problem.num_weights
+    assert tight.loss == pytest.approx(per_bit * 8e9, rel=0.05)
 
 
 def test_a_limit_that_does_not_bind_is_said_to_be_inactive():
     problem = make_problem(avg_bits=16.0)
     (price,) = shadow_prices(problem).values()
     assert not price.active
-    assert price.nats == price.reward == 0.0
+    assert price.loss == price.reward == 0.0
     assert said(price, problem) == "--avg-bits 16 is not active"
 
 
@@ -115,7 +117,7 @@ def test_gains_of_latency_and_energy_are_those_of_the_best_maps(quantile):
     now, more = (values[cost.latency_s <= limit * f].min() for f in (1, 1 + price.raised))
     assert (price.unit, price.active, price.raised) == ("ms", True, 0.1)
     assert price.reward == pytest.approx((now - more) / (0.1 * limit) * 1e-3)
-    assert price.nats == pytest.approx(price.reward * plain.baselines.damage)
+    assert price.loss == pytest.approx(price.reward * plain.baselines.damage)
     assert said(price, problem).endswith("per ms over the next 10%")
 
 
@@ -128,3 +130,16 @@ def test_the_device_s_own_memory_has_a_price():
     assert price.active
     assert said(price, problem).startswith("the memory of rtx4090 (21.6 GB) is active")
     assert replace(problem, weights=Weights.parse("mem=1")).mckp().max() == 0
+
+
+def test_a_price_is_said_in_the_unit_of_what_the_search_makes_small():
+    problem = make_problem(layers=4, experts=16, weights="acc=1")
+    (price,) = shadow_prices(problem).values()
+    answers, points = LossUnit.of_task(), LossUnit.of_task("bleu")
+    assert said(price, problem, answers) == said(price, problem)
+    assert f": {100 * price.loss:.3g} points of bleu, " in said(price, problem, points)
+    assert "KL" not in said(price, problem, points)
+    assert price.to_json(points)["points_per_effective_bit"] == 100 * price.loss
+    assert "nats_per_effective_bit" not in price.to_json(points)
+    assert points.mean(0.5) == "50 points of bleu"
+    assert answers.mean(100) == "100 nats per answer"

@@ -13,6 +13,7 @@ from dmpq.errors import InputError
 from dmpq.formats import Menu
 from dmpq.harness import harness_scores
 from dmpq.search import main as search
+from dmpq.tasks.splits import TASKS
 from dmpq.validate import main as validate
 
 QUICK = [
@@ -95,6 +96,33 @@ def test_a_search_by_the_metric_goes_on_from_its_journal(folder, capsys):
     assert (out / "metric" / "bitmap.json").read_bytes() == first
     assert (out / "metric" / "journal.jsonl").read_bytes() == journal
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("signal", "axis", "unit"),
+    [
+        ("sensitivity", "KL to full precision on search examples, nats/answer", "nats of KL"),
+        ("task", "{metric} lost on search examples, points", "points of {metric}"),
+    ],
+)
+def test_figure_and_price_have_the_unit_of_the_signal(
+    folder, signal, axis, unit, capsys, monkeypatch
+):
+    task, out = folder
+    metric, drawn = TASKS[task].metric, []
+    monkeypatch.setattr("dmpq.report.save_figure", lambda figure, path: drawn.append(figure))
+    assert search(command(task, out, f"unit-{signal}", f"--signal={signal}")) == 0
+    assert drawn[0].axes[0].get_ylabel() == axis.format(metric=metric)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f" {unit.format(metric=metric)}, " in shown
+    facts = json.loads((out / f"unit-{signal}" / "summary.json").read_text())
+    (price,) = facts["shadow_prices"].values()
+    assert f"{unit.split()[0]}_per_effective_bit" in price
+    scale = 100 if signal == "task" else 1
+    lines = (out / f"unit-{signal}" / "history.jsonl").read_text().splitlines()
+    losses = {round(scale * json.loads(line)["kl"], 9) for line in lines}
+    dots = drawn[0].axes[0].collections[0].get_offsets().data[:, 1]
+    assert {round(float(y), 9) for y in dots} == losses
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from dmpq.experts import Experts
 from dmpq.moe import MoEModel
 
 
@@ -24,12 +25,20 @@ class Example:
             the head gives one row for the whole example.
         targets: The right answer of each row.
         reference: What the metrics compare with, as JSON can hold it.
+        decoder: Token ids that an encoder-decoder's decoder reads, where ``at`` then points; the
+            encoder reads ``ids``. Empty for other models.
     """
 
     ids: tuple[int, ...]
     at: tuple[int, ...]
     targets: tuple[int, ...]
     reference: Any
+    decoder: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a model reads."""
+        return len(self.ids) + len(self.decoder)
 
 
 @dataclass(frozen=True)
@@ -40,13 +49,17 @@ class Encoder:
         tokenizer: A fast Hugging Face tokenizer.
         labels: Name → class of the model's head.
         classes: Number of classes.
-        longest: Tokens that an example may have.
+        longest: Tokens that an example may have; of an encoder-decoder, on each side.
+        start: Token by which the decoder of an encoder-decoder starts; ``None`` for other models.
+        forced: Tokens that its texts are made to begin with, as the language to translate into.
     """
 
     tokenizer: Any
     labels: Mapping[str, int]
     classes: int
     longest: int
+    start: int | None = None
+    forced: tuple[int, ...] = ()
 
 
 class Task(Protocol):
@@ -93,6 +106,8 @@ class TaskBatch:
         ids: int64 (sequences, length).
         mask: int64 (sequences, length), 0 where padding is.
         targets: int64 (R, 1).
+        decoder: Ids and mask, int64 (sequences, length) each, that the decoder of an
+            encoder-decoder reads; ``None`` for other models.
     """
 
     task: Task
@@ -100,6 +115,7 @@ class TaskBatch:
     ids: torch.Tensor
     mask: torch.Tensor
     targets: torch.Tensor
+    decoder: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of(
@@ -113,20 +129,23 @@ class TaskBatch:
             pad: Id of the padding token.
             device: Where the model is.
         """
-        length = max(len(example.ids) for example in examples)
-        ids = torch.full((len(examples), length), pad, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, example in enumerate(examples):
-            ids[row, : len(example.ids)] = torch.tensor(example.ids)
-            mask[row, : len(example.ids)] = 1
+        ids, mask = _padded([example.ids for example in examples], pad, device)
+        read = [example.decoder for example in examples if example.decoder]
         targets = [target for example in examples for target in example.targets]
         right = torch.tensor(targets, dtype=torch.int64)[:, None]
-        return cls(task, tuple(examples), ids.to(device), mask.to(device), right.to(device))
+        return cls(
+            task,
+            tuple(examples),
+            ids,
+            mask,
+            right.to(device),
+            _padded(read, pad, device) if read else None,
+        )
 
     @property
     def tokens(self) -> int:
         """Tokens that are no padding."""
-        return sum(len(example.ids) for example in self.examples)
+        return sum(example.tokens for example in self.examples)
 
     @property
     def rows(self) -> int:
@@ -140,7 +159,10 @@ class TaskBatch:
 
     def logits(self, moe: MoEModel) -> torch.Tensor:
         """See :meth:`dmpq.batches.Batch.logits`."""
-        output = moe.model(input_ids=self.ids, attention_mask=self.mask, use_cache=False)
+        inputs = {"input_ids": self.ids, "attention_mask": self.mask}
+        if self.decoder is not None:
+            inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = self.decoder
+        output = moe.model(**inputs, use_cache=False)
         return self.task.rows(output, self).float()
 
     def answered(self, values: torch.Tensor) -> torch.Tensor:
@@ -151,9 +173,10 @@ class TaskBatch:
         """See :meth:`dmpq.batches.Batch.loss`."""
         return functional.cross_entropy(logits, self.targets[:, 0], reduction=reduction)
 
-    def real(self, values: torch.Tensor) -> torch.Tensor:
+    def real(self, values: torch.Tensor, experts: Experts) -> torch.Tensor:
         """See :meth:`dmpq.batches.Batch.real`."""
-        return values[self.mask.flatten() == 1]
+        mask = self.mask if self.decoder is None or not experts.decodes else self.decoder[1]
+        return values[mask.flatten() == 1]
 
     def at(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return sequence and position of all that matters, each (R,)."""
@@ -163,8 +186,15 @@ class TaskBatch:
 
     def repeat(self, copies: int) -> TaskBatch:
         """See :meth:`dmpq.batches.Batch.repeat`."""
-        parts = (self.ids, self.mask, self.targets)
-        return TaskBatch(self.task, self.examples * copies, *(x.repeat(copies, 1) for x in parts))
+        read = self.decoder
+        return TaskBatch(
+            self.task,
+            self.examples * copies,
+            self.ids.repeat(copies, 1),
+            self.mask.repeat(copies, 1),
+            self.targets.repeat(copies, 1),
+            None if read is None else (read[0].repeat(copies, 1), read[1].repeat(copies, 1)),
+        )
 
     def split(self) -> Sequence[TaskBatch]:
         """See :meth:`dmpq.batches.Batch.split`."""
@@ -196,12 +226,12 @@ class Examples:
     @property
     def tokens(self) -> int:
         """Tokens of all examples."""
-        return sum(len(example.ids) for example in self.examples)
+        return sum(example.tokens for example in self.examples)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of examples, and tokens of the longest."""
-        return len(self.examples), max((len(one.ids) for one in self.examples), default=0)
+        return len(self.examples), max((one.tokens for one in self.examples), default=0)
 
     def batches(self, moe: MoEModel, *, tokens: int) -> Sequence[TaskBatch]:
         """Return fixed batches of examples of like length, in random order.
@@ -210,8 +240,8 @@ class Examples:
         that a lower fidelity reads, are no short ones.
         """
         groups: list[list[Example]] = []
-        for example in sorted(self.examples, key=lambda one: len(one.ids)):
-            if not groups or (len(groups[-1]) + 1) * len(example.ids) > tokens:
+        for example in sorted(self.examples, key=lambda one: one.tokens):
+            if not groups or padded_tokens([*groups[-1], example]) > tokens:
                 groups.append([])
             groups[-1].append(example)
         order = np.random.default_rng(0).permutation(len(groups))
@@ -222,5 +252,26 @@ class Examples:
 
     def identity(self) -> tuple[str, bytes]:
         """See :meth:`dmpq.batches.Text.identity`."""
-        content = [(one.ids, one.at, one.targets, one.reference) for one in self.examples]
+        content = [
+            (one.ids, one.at, one.targets, one.reference, *([one.decoder] if one.decoder else []))
+            for one in self.examples
+        ]
         return f"{self.task.name}{len(self)}", json.dumps(content).encode()
+
+
+def padded_tokens(examples: Sequence[Example]) -> int:
+    """Return the tokens of examples as one batch, padding included."""
+    longest = max(len(one.ids) for one in examples) + max(len(one.decoder) for one in examples)
+    return len(examples) * longest
+
+
+def _padded(
+    rows: Sequence[tuple[int, ...]], pad: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids, padded on the right, and mask, int64 (rows, length)."""
+    ids = torch.full((len(rows), max(map(len, rows))), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, known in enumerate(rows):
+        ids[row, : len(known)] = torch.tensor(known)
+        mask[row, : len(known)] = 1
+    return ids.to(device), mask.to(device)

@@ -58,7 +58,8 @@ def encoder_of(moe: MoEModel, tokenizer: Any, *, longest: int | None) -> Encoder
         longest: Tokens that an example may have; ``None`` for the model's own limit.
 
     Raises:
-        InputError: If the tokenizer cannot say where its tokens stand, or cannot pad.
+        InputError: If the tokenizer cannot say where its tokens stand, cannot pad, or knows
+            languages and not which of them to translate into.
     """
     if not tokenizer.is_fast:
         raise InputError(
@@ -78,7 +79,26 @@ def encoder_of(moe: MoEModel, tokenizer: Any, *, longest: int | None) -> Encoder
         {str(name): int(number) for name, number in config.label2id.items()},
         int(config.num_labels),
         min(known) if known else 2**31,
+        **({} if not config.is_encoder_decoder else _decoding(moe, tokenizer)),
     )
+
+
+def _decoding(moe: MoEModel, tokenizer: Any) -> dict[str, Any]:
+    """Return how the texts of an encoder-decoder begin.
+
+    A tokenizer of many languages, as NLLB's, tells the one to translate into by ``tgt_lang``, and
+    every translation begins with that language's token (arXiv 2207.04672, section 6.1).
+    """
+    language = getattr(tokenizer, "tgt_lang", "")
+    given = moe.model.generation_config.forced_bos_token_id
+    if language:
+        given = tokenizer.convert_tokens_to_ids(language)
+    elif language is None and given is None:
+        raise InputError(
+            f"The tokenizer of {moe.name} knows languages, and does not say which of them to "
+            'translate into; set src_lang and tgt_lang ("deu_Latn") in its tokenizer_config.json.'
+        )
+    return {"start": moe.decoder_start, "forced": () if given is None else (given,)}
 
 
 def pad_of(moe: MoEModel, tokenizer: Any) -> int | None:
@@ -139,7 +159,7 @@ def load_task_splits(
     if taken is not None and taken.stream == digest:
         order = order[~np.isin(order, taken.windows)]
     asked = (tokens.profile, tokens.search, tokens.selection)
-    roles = _dealt([len(pool[i].ids) for i in order], asked)
+    roles = _dealt([pool[i].tokens for i in order], asked)
     parts = [order[start:end] for start, end in roles]
     for role, part, wanted in zip(("profile", "search", "selection"), parts, asked, strict=True):
         if wanted and not len(part):
@@ -149,7 +169,7 @@ def load_task_splits(
             )
     rest = _encoded(task, tables.heldout, columns, tables)
     fixed = np.random.default_rng(0).permutation(len(rest))
-    ((_, end),) = _dealt([len(rest[i].ids) for i in fixed], (tokens.heldout,))
+    ((_, end),) = _dealt([rest[i].tokens for i in fixed], (tokens.heldout,))
     heldout = [rest[i] for i in np.sort(fixed[:end])]
     profile, search, selection, held = (
         Examples(task, tuple(some), pad)

@@ -1,4 +1,4 @@
-"""Translation by a causal model: source as the prompt, greedy text after it, BLEU by sacrebleu."""
+"""Translation: the distributions at a reference's tokens, and BLEU of greedy text by sacrebleu."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _SPARE: Final = 1.5
 class Translation:
     """The next-token distributions at the reference's tokens; BLEU of what is generated.
 
-    The model reads the source, a line's end, the target, and end-of-text.
+    A causal model reads the source, a line's end, the target, and end-of-text. Of an
+    encoder-decoder, as Switch Transformers or NLLB-MoE, the encoder reads the source as its
+    tokenizer encodes texts, and the decoder its start token, the token of the target's language
+    where there is one, and the target: the labels, which end with end-of-text, shifted right.
     """
 
     encoder: Encoder
@@ -62,6 +65,8 @@ class Translation:
                 "The tokenizer has no end-of-text token, by which a translation ends; set "
                 "eos_token in its tokenizer_config.json."
             )
+        if self.encoder.start is not None:
+            return self._pair(source, target, self.encoder.start)
         prompt = tokenizer(f"{source}\n", add_special_tokens=False, verbose=False).input_ids
         answer = tokenizer(target, add_special_tokens=False, verbose=False).input_ids
         answer = [*answer, tokenizer.eos_token_id]
@@ -69,6 +74,18 @@ class Translation:
         refuse_long(ids, self.encoder, source)
         at = tuple(range(len(prompt) - 1, len(ids) - 1))
         return Example(ids, at, tuple(answer), target)
+
+    def _pair(self, source: str, target: str, start: int) -> Example:
+        """Return what encoder and decoder read; forced tokens are given, so not compared."""
+        tokenizer, forced = self.encoder.tokenizer, self.encoder.forced
+        ids = tokenizer(source, verbose=False).input_ids
+        answer = tokenizer(text_target=target, add_special_tokens=False, verbose=False).input_ids
+        answer = [*answer, tokenizer.eos_token_id]
+        read = (start, *forced, *answer[:-1])
+        refuse_long(ids, self.encoder, source)
+        refuse_long(read, self.encoder, target)
+        at = tuple(range(len(forced), len(read)))
+        return Example(tuple(ids), at, tuple(answer), target, read)
 
     def rows(self, output: Any, batch: TaskBatch) -> torch.Tensor:
         """Return the next-token logits that predict the reference, (tokens, vocabulary)."""
@@ -78,6 +95,8 @@ class Translation:
     def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[list[int]]:
         """Return the tokens generated after each prompt, greedily, without end-of-text."""
         del logits
+        if self.encoder.start is not None:
+            return self._decoded(moe, batch)
         prompts = [one.ids[: one.at[0] + 1] for one in batch.examples]
         length = max(map(len, prompts))
         end = batch.examples[0].targets[-1]
@@ -95,7 +114,24 @@ class Translation:
             eos_token_id=end,
             pad_token_id=end,
         )
-        return [row[: row.index(end)] if end in row else row for row in made[:, length:].tolist()]
+        return _ended(made[:, length:], end)
+
+    def _decoded(self, moe: MoEModel, batch: TaskBatch) -> list[list[int]]:
+        """Return what the decoder says greedily after its start and forced tokens."""
+        first = batch.examples[0]
+        begin, end = first.decoder[: first.at[0] + 1], first.targets[-1]
+        made = moe.model.generate(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            decoder_input_ids=torch.tensor([begin] * len(batch.examples)).to(batch.ids.device),
+            decoder_start_token_id=begin[0],
+            max_new_tokens=round(_SPARE * max(len(one.targets) for one in batch.examples)),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        return _ended(made[:, len(begin) :], end)
 
     def judge(
         self, answers: Sequence[Sequence[int]], examples: Sequence[Example]
@@ -113,3 +149,8 @@ class Translation:
             self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers
         ]
         return {"bleu": float(corpus_bleu(texts, [[one.reference for one in examples]]).score)}
+
+
+def _ended(made: torch.Tensor, end: int) -> list[list[int]]:
+    """Return generated rows up to the end token."""
+    return [row[: row.index(end)] if end in row else row for row in made.tolist()]

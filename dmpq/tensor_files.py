@@ -209,7 +209,7 @@ class TensorFileWriter:
         head = len(header).to_bytes(_LENGTH, "little") + header
         self._tensors = tensors
         self._data = len(head)
-        self.num_bytes = file_bytes(tensors, metadata)
+        self.num_bytes = len(head) + sum(info.num_bytes for info in tensors.values())
         self.path.touch()
         self._file = self.path.open("r+b", buffering=0)
         self._file.write(head)

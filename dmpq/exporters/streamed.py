@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -153,8 +153,11 @@ class StreamedExport:
         known |= {n for names in self._names.values() for one in names for n in one}
         if known != whole.keys():
             raise self._strange(sorted(known ^ whole.keys())[0])
-        split = split_torch_state_dict_into_shards(
+        # As for tensors with values: views of one storage are counted once, and stay together.
+        split = split_state_dict_into_shards_factory(
             whole,
+            get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
+            get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=self.largest_shard,
         )

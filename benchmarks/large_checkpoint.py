@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -73,18 +74,38 @@ def profile(model: str, tokens: int, limit: float) -> None:
     from dmpq.streamed_profile import batch_tokens, streamed_profile
 
     torch.set_num_threads(1)
+    files = sorted(Path(model).glob("*.safetensors"))
+    size, started = sum(file.stat().st_size for file in files), time.monotonic()
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(1 << 24):
+                pass
+    plain = time.monotonic() - started
     source = Checkpoint(model)
     vocabulary = source.moe.spec.vocab_size
     windows = np.random.default_rng(0).integers(vocabulary, size=(tokens // 128, 128))
-    found = streamed_profile(
-        source,
-        Menu.parse("2,4,8", quantizer="rtn"),
-        windows,
-        text="random tokens",
-        lot=batch_tokens(source, 128, limit),
-        scratch=Path(model).parent,
-    )
+    before, started = _bytes_read(), time.monotonic()
+    with tempfile.TemporaryDirectory(dir=Path(model).parent) as kept:
+        found = streamed_profile(
+            source,
+            Menu.parse("2,4,8", quantizer="rtn"),
+            windows,
+            text="random tokens",
+            lot=batch_tokens(source, 128, limit),
+            kept=Path(kept),
+        )
+    took, read = time.monotonic() - started, _bytes_read() - before
     print(f"experts hit: {int((found.hits > 0).sum())} of {found.spec.num_experts}")
+    print(
+        f"read {read / 1e9:.1f} GB, {read / size:.1f} times the checkpoint, in {took:.0f} s; "
+        f"reading it once and doing nothing took {plain:.1f} s"
+    )
+
+
+def _bytes_read() -> int:
+    """Return what this process has read so far, from the disk or its cache."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("rchar")).split()[1])
 
 
 def peak_memory(arguments: list[str]) -> tuple[int, float]:

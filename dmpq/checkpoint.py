@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 from dmpq.errors import InputError, first_line
 from dmpq.experts import Experts
 from dmpq.families import auto_class
-from dmpq.moe import MoEModel, checkpoint_source, needs_its_code
+from dmpq.moe import MoEModel, checkpoint_source, load_tokenizer, needs_its_code
 from dmpq.tensor_files import TensorFile, TensorInfo
 
 INDEX: Final = "model.safetensors.index.json"
@@ -46,7 +46,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(eq=False)
-class _Group:
+class Group:
     """What one parameter of the model is made of, or several by one converter.
 
     Attributes:
@@ -73,8 +73,41 @@ class _Group:
         return [name for names in self.sources.values() for name in names]
 
 
+def grouped(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Group]:
+    """Return what every tensor of a model is made of, as ``from_pretrained`` finds it.
+
+    Args:
+        model: May stand on the meta device.
+        names: Of the tensors on disk; those that the model does not load are in no group.
+
+    Returns:
+        Name of the model's tensor → what makes it; a tensor that is not on disk is not there.
+    """
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    by_pattern = {text: one for one in converters for text in one.source_patterns}
+    prefix = model.base_model_prefix
+    groups: dict[str, Group] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = name, None
+        if target not in state:
+            continue
+        converter = None if pattern is None else by_pattern[pattern]
+        group = groups.setdefault(target, Group(target, converter))
+        group.sources.setdefault(pattern or name, []).append(name)
+    return {target: group for group in groups.values() for target in group.targets}
+
+
 class Checkpoint:
     """A checkpoint on disk, with its model on the meta device.
+
+    Attributes:
+        moe: The model.
+        groups: Name of a tensor of the model → what it is made of.
 
     Args:
         name: ``"reference"``, a local folder, or a hub id.
@@ -115,7 +148,7 @@ class Checkpoint:
         self.moe = MoEModel(model, name=name, revision=revision)
         self._files = self._opened()
         self._shapes = {key: tuple(one.shape) for key, one in model.state_dict().items()}
-        self._groups = self._grouped(model)
+        self.groups = grouped(model, self._files)
         self._check_complete(model)
         self._kept: tuple[str, torch.Tensor] | None = None
 
@@ -125,15 +158,8 @@ class Checkpoint:
         Raises:
             InputError: If it has none that can be read.
         """
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=self.trust_remote_code
-            )
-        except Exception as error:  # a damaged file raises whatever its reader raises
-            raise InputError(
-                f"The checkpoint {self.name} has no tokenizer that can be read "
-                f"({first_line(error)}); put it into the folder."
-            ) from error
+        options = {"local_files_only": True, "trust_remote_code": self.trust_remote_code}
+        return load_tokenizer(self.name, self.folder, options)
 
     def _opened(self) -> dict[str, TensorFile]:
         """Return the file of each tensor on disk."""
@@ -154,28 +180,8 @@ class Checkpoint:
             )
         return {name: file for file in map(TensorFile, paths) for name in file.tensors}
 
-    def _grouped(self, model: PreTrainedModel) -> dict[str, _Group]:
-        """Return what every tensor of the model is made of, as ``from_pretrained`` finds it."""
-        state = model.state_dict()
-        mapping = get_model_conversion_mapping(model)
-        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        by_pattern = {text: one for one in converters for text in one.source_patterns}
-        prefix = model.base_model_prefix
-        groups: dict[str, _Group] = {}
-        for name in sorted(self._files, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-            if target not in state and name in state:
-                target, pattern = name, None
-            if target not in state:
-                continue
-            converter = None if pattern is None else by_pattern[pattern]
-            group = groups.setdefault(target, _Group(target, converter))
-            group.sources.setdefault(pattern or name, []).append(name)
-        return {target: group for group in groups.values() for target in group.targets}
-
     def _check_complete(self, model: PreTrainedModel) -> None:
-        missing = [name for name, _ in model.named_parameters() if name not in self._groups]
+        missing = [name for name, _ in model.named_parameters() if name not in self.groups]
         tied = model.all_tied_weights_keys
         missing = [name for name in missing if name not in tied]
         if missing:
@@ -183,7 +189,7 @@ class Checkpoint:
                 f"The checkpoint {self.name} lacks {len(missing)} of its weights, among them "
                 f"{missing[0]}; complete it, or they would be random."
             )
-        for name, group in self._groups.items():
+        for name, group in self.groups.items():
             if group.converter is None:
                 source = group.names[0]
                 found = self._files[source].tensors[source].shape
@@ -191,7 +197,7 @@ class Checkpoint:
         for experts in self.moe.containers:
             for name in experts.own_parameters():
                 count = experts.num_experts
-                group = self._groups[name]
+                group = self.groups[name]
                 listed = count * len(group.targets)  # one list may hold those of two containers
                 wrong = [one for one in group.sources.values() if len(one) not in (1, listed)]
                 if wrong:
@@ -215,9 +221,9 @@ class Checkpoint:
         self.moe.containers = tuple(known[path] for path in paths)
 
     @cached_property
-    def _expert_groups(self) -> list[_Group]:
+    def _expert_groups(self) -> list[Group]:
         """What the kept containers' weights are made of."""
-        return [self._groups[name] for name in self._own_parameters]
+        return [self.groups[name] for name in self._own_parameters]
 
     @property
     def _own_parameters(self) -> list[str]:
@@ -228,7 +234,7 @@ class Checkpoint:
     def other_tensors(self) -> dict[str, TensorInfo]:
         """Tensors on disk that the model loads, but for those that the experts are made of."""
         replaced = {name for group in self._expert_groups for name in group.names}
-        loaded = {name for group in self._groups.values() for name in group.names}
+        loaded = {name for group in self.groups.values() for name in group.names}
         return {
             name: self._files[name].tensors[name]
             for name in sorted(loaded - replaced, key=dot_natural_key)
@@ -245,13 +251,13 @@ class Checkpoint:
     @property
     def unused(self) -> list[str]:
         """Tensors on disk that the model does not load."""
-        loaded = {name for group in self._groups.values() for name in group.names}
+        loaded = {name for group in self.groups.values() for name in group.names}
         return sorted(self._files.keys() - loaded)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """What the experts are stored in."""
-        name = self._groups[self.moe.containers[0].own_parameters(1)[0]].names[0]
+        name = self.groups[self.moe.containers[0].own_parameters(1)[0]].names[0]
         return self._files[name].tensors[name].dtype
 
     def chunks(self, name: str) -> Iterator[torch.Tensor]:
@@ -284,7 +290,7 @@ class Checkpoint:
 
     def _rows(self, name: str, start: int, stop: int, count: int) -> torch.Tensor:
         """Return an expert's rows of a parameter, one of ``count`` where they are converted."""
-        group = self._groups[name]
+        group = self.groups[name]
         if group.converter is None:
             return self._read(group.names[0], start, stop)
         if stop - start == 1:
@@ -292,7 +298,7 @@ class Checkpoint:
         return self.parameter(name)[start:stop]
 
     def _expert(
-        self, group: _Group, converter: WeightConverter, name: str, index: int, count: int
+        self, group: Group, converter: WeightConverter, name: str, index: int, count: int
     ) -> torch.Tensor:
         """Return one row of a parameter of ``count``, an expert's, that is converted."""
         shapes = [self._files[key].tensors[key].shape for key in group.names]
@@ -315,7 +321,7 @@ class Checkpoint:
 
     def parameter(self, name: str) -> torch.Tensor:
         """Return a parameter of the model, whole."""
-        group = self._groups[name]
+        group = self.groups[name]
         if group.converter is None:
             return self._read(group.names[0])
         own = {text: list(map(self._read, names)) for text, names in group.sources.items()}
@@ -327,7 +333,7 @@ class Checkpoint:
         return self._files[name].read(name, start, stop)
 
     def _converted(
-        self, group: _Group, sources: dict[str, list[torch.Tensor]]
+        self, group: Group, sources: dict[str, list[torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         converter: Any = deepcopy(group.converter)
         converter.collected_tensors.update(sources)
@@ -366,7 +372,7 @@ class Checkpoint:
     def _pieces(self, name: str, experts: int | None) -> Iterator[torch.Tensor]:
         """Yield a parameter in slices of its first dimension."""
         shape = tuple(self.moe.model.get_parameter(name).shape)
-        group = self._groups[name]
+        group = self.groups[name]
         if experts is not None and group.converter is not None:
             for index in range(experts):
                 piece = self._expert(group, group.converter, name, index, experts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -227,7 +227,7 @@ def _too_short(dataset: str, role: str, have: int, need: int, length: int) -> In
 
 
 def _windows(
-    texts: Iterable[str], tokenizer: Any, length: int
+    texts: Sequence[str], tokenizer: Any, length: int
 ) -> tuple[Windows, NDArray[np.int64], str]:
     """Tokenize, close each text, and cut into windows; the rest is dropped.
 
@@ -235,6 +235,9 @@ def _windows(
 
     Returns the windows, the number of the text in which each begins, and the SHA-256 of all token
     ids.
+
+    Raises:
+        InputError: If the tokenizer knows no text, as one whose files are missing.
     """
     end = [tokenizer.eos_token_id]
     if tokenizer.eos_token_id is None:
@@ -246,6 +249,12 @@ def _windows(
             part = text[start : start + _BLOCK]
             ids.extend(tokenizer(part, add_special_tokens=False, verbose=False).input_ids)
         pieces.append(np.array(ids + end, dtype=np.int64))
+    if pieces and all(len(piece) == len(end) for piece in pieces) and any(map(str.strip, texts)):
+        raise InputError(
+            f"The tokenizer of {tokenizer.name_or_path or 'the model'} gives no token for any "
+            "text: its vocabulary is missing; put the checkpoint's tokenizer files "
+            "(tokenizer.json, or tokenizer.model) into its folder."
+        )
     stream = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
     whole = len(stream) // length
     digest = hashlib.sha256(stream.tobytes()).hexdigest()
@@ -256,6 +265,10 @@ def _windows(
 
 def _read(dataset: str) -> tuple[list[str], list[str], str]:
     """Return calibration texts, held-out texts, and what they are."""
+    if not dataset.strip():
+        raise InputError(
+            "--dataset is empty; give 'embedded', a local file or folder, or a hub name."
+        )
     if dataset == "embedded":
         calibration = embedded.texts_told_once("calibration")  # its windows serve several roles
         heldout = [document.text for document in embedded.side_documents("heldout")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from dmpq.pruning import pruning_error
 
 STATISTICS: Final = ("weight_norm", "kurtosis", "outlier_ratio", "max_row_variance")
 """What :func:`weight_statistics` returns, by the names of a profile."""
+
+
+_KEPT: Final = ("hits", "routing_weight", "contribution", "output_error", "proxy")
 
 
 class Variants(Protocol):
@@ -82,6 +86,15 @@ class ExpertSums:
             proxy=np.zeros((experts, formats)),
             side_proxy=np.zeros((experts, 2, formats)) if apart else None,
         )
+
+    def rows(self, own: slice) -> dict[str, NDArray[Any]]:
+        """Return some experts' sums by name; gate+up and down apart are not among them."""
+        return {name: getattr(self, name)[own] for name in _KEPT}
+
+    def set_rows(self, own: slice, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Set some experts' sums to what :meth:`rows` returned."""
+        for name in _KEPT:
+            getattr(self, name)[own] = arrays[name]
 
     def add(self, row: int, layer: Variants, expert: int, seen: Seen) -> None:
         """Add what some tokens say of one expert.

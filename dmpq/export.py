@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.config import SearchConfig
-from dmpq.console import CommandParser, exit_code, plain_console, quiet_libraries
+from dmpq.console import (
+    MOST_GIGABYTES,
+    CommandParser,
+    exit_code,
+    plain_console,
+    progress_bars,
+    quiet_libraries,
+)
 from dmpq.engines import NAMES, engine_named, rules_page
 from dmpq.errors import InputError, unknown
 from dmpq.files import replace_atomically
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
 
 DEQUANTIZED: Final = "dequantized"
 _CONTAINER: Final = "compressed-tensors"
+_GIGABYTE: Final = 1e9
 _EXAMPLES: Final = """examples:
   python -m dmpq.export bitmap.json --to gptqmodel --out gptq.json
   python -m dmpq.export bitmap.json --to dequantized --out folder
@@ -64,6 +72,13 @@ def main(argv: list[str] | None = None) -> int:
         help="with --to compressed-tensors: write a checkpoint, every integer in this width",
     )
     parser.add_argument(
+        "--max-memory",
+        type=float,
+        metavar="GB",
+        help="with a checkpoint: write it expert by expert, without loading the model, and refuse "
+        "what takes more memory than this beside that of the imports",
+    )
+    parser.add_argument(
         "--profile",
         type=Path,
         help="with --check: choose the nearest map by these sensitivities (profile.safetensors)",
@@ -79,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args(argv)
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-    return exit_code(lambda: _run(arguments), memory="use a machine with more of it")
+    return exit_code(lambda: _run(arguments), memory="see --max-memory")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -109,6 +124,13 @@ def _refuse_stray(arguments: argparse.Namespace, asked: str) -> None:
     for name in ("profile", "avg_bits", "heldout_tokens"):
         if asked != "check" and getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} has a meaning only with --check.")
+    limit, writes = arguments.max_memory, arguments.to == DEQUANTIZED or arguments.container
+    if limit is not None and not writes:
+        raise InputError("--max-memory has a meaning only with a checkpoint (see --to).")
+    if limit is not None and not 0 < limit <= MOST_GIGABYTES:
+        raise InputError(
+            f"--max-memory is {limit}; give a positive number of GB, {MOST_GIGABYTES:g} at most."
+        )
     if arguments.container is not None and arguments.to != _CONTAINER:
         raise InputError("--container has a meaning only with --to compressed-tensors.")
     if arguments.out is not None and arguments.out.resolve() == arguments.bitmap.resolve():
@@ -169,15 +191,43 @@ def _write_checkpoint(bitmap: BitMap, arguments: argparse.Namespace) -> int:
     source, revision = arguments.model or bitmap.model["id"], None
     if arguments.model is None:
         revision = bitmap.model["revision"]
+    if arguments.max_memory is not None:
+        _stream_checkpoint(bitmap, source, revision, arguments)
+        return 0
     moe, tokenizer = load_model(source, revision=revision, device=arguments.device)
     if arguments.container is None:
         write_dequantized(bitmap, moe, tokenizer, arguments.out)
-        what = "bf16 weights, the experts' dequantized"
     else:
         write_container(bitmap, moe, tokenizer, arguments.out, bits=arguments.container)
+    _say_written(arguments)
+    return 0
+
+
+def _stream_checkpoint(
+    bitmap: BitMap, model: str, revision: str | None, arguments: argparse.Namespace
+) -> None:
+    """Write a checkpoint expert by expert, within a limit of memory."""
+    from dmpq.checkpoint import Checkpoint
+    from dmpq.exporters.container import ContainerPacking
+    from dmpq.exporters.plan import Plan
+    from dmpq.exporters.streamed import StreamedExport
+
+    packing = None
+    if arguments.container is not None:
+        packing = ContainerPacking(Plan.of(bitmap), bits=arguments.container)
+    source = Checkpoint(model, revision=revision)
+    with progress_bars(plain_console()) as progress:
+        made = StreamedExport(bitmap, source, packing, progress=progress)
+        made.check_memory(arguments.max_memory * _GIGABYTE)
+        made.write(arguments.out)
+    _say_written(arguments)
+
+
+def _say_written(arguments: argparse.Namespace) -> None:
+    what = "bf16 weights, the experts' dequantized"
+    if arguments.container is not None:
         what = f"every expert's integers in {arguments.container} bits"
     plain_console().print(f"wrote {arguments.out}/ ({what})", soft_wrap=True)
-    return 0
 
 
 def _check(engine: Engine, bitmap: BitMap, arguments: argparse.Namespace) -> int:

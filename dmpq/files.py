@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -93,6 +95,30 @@ def locked(path: Path, folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def goes_on(folder: Path, name: str, state: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds unfinished work of this very state; else clear it for that.
+
+    Args:
+        folder: Of the unfinished work; whatever else is in it is removed.
+        name: The file that says what the work is made of.
+        state: What it is made of, plain JSON values.
+    """
+    text = json.dumps(state, sort_keys=True)
+    made_of = {"made_of": hashlib.sha256(text.encode()).hexdigest()}
+    try:
+        if json.loads((folder / name).read_text("utf-8")) == made_of:
+            return True
+    except (OSError, ValueError, RecursionError):
+        pass
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+    replace_atomically(folder / name, json.dumps(made_of).encode())
+    return False
 
 
 class JsonLines:

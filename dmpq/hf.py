@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dmpq.adapters.stacked import StackedExperts
 from dmpq.bitmap import PROJECTIONS, LayerAssignment
+from dmpq.checkpoint import grouped
 from dmpq.errors import InputError, first_line, unknown
 from dmpq.experts import Experts
 from dmpq.families import find_containers
@@ -184,7 +185,8 @@ class DmpqHfQuantizer(HfQuantizer):
         model.set_experts_implementation(IMPLEMENTATION)
         _ignore_guards(model, containers)
         if checkpoint_files:
-            _check_files(checkpoint_files, stored, self.quantization_config.digest)
+            found = _checked_files(checkpoint_files, stored, self.quantization_config.digest)
+            _check_whole(model, found)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for name, buffer in model.named_buffers():
@@ -245,8 +247,10 @@ def _ignore_guards(model: PreTrainedModel, containers: Sequence[Experts]) -> Non
     model._keys_to_ignore_on_load_unexpected = {*known, *guards}
 
 
-def _check_files(files: Sequence[str], stored: Mapping[str, TensorInfo], digest: str) -> None:
-    """Refuse files that lack a packed tensor, or are of another map: else nobody would notice."""
+def _checked_files(
+    files: Sequence[str], stored: Mapping[str, TensorInfo], digest: str
+) -> dict[str, TensorInfo]:
+    """Return what files hold; refuse such as lack a packed tensor, or are of another map."""
     opened = [TensorFile(file) for file in files]
     # What ``save_pretrained`` writes again has no digest.
     if any(file.metadata.get(METHOD, digest) != digest for file in opened):
@@ -273,6 +277,32 @@ def _check_files(files: Sequence[str], stored: Mapping[str, TensorInfo], digest:
         raise InputError(
             f"The quantized checkpoint does not hold what its config.json says: {name} "
             f"{what}; it was edited or is incomplete: write it again with dmpq.apply."
+        )
+    return found
+
+
+def _check_whole(model: PreTrainedModel, found: Iterable[str]) -> None:
+    """Refuse files that lack weights beside the experts': transformers would draw them at random.
+
+    A head that the checkpoint was not written with, such as a classifier, is the user's own.
+    """
+    there = grouped(model, found).keys()
+    tied = model.all_tied_weights_keys
+    whole = type(model).__name__ in (model.config.architectures or ())
+    prefix = "" if whole else f"{model.base_model_prefix}."
+    ignored = model._keys_to_ignore_on_load_missing or ()
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(prefix)
+        and not {name, tied.get(name, name), *(n for n, of in tied.items() if of == name)} & there
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if missing:
+        raise InputError(
+            f"The quantized checkpoint lacks {len(missing)} of its weights, among them "
+            f"{missing[0]}, and they would be random; complete it, or write it again with "
+            "dmpq.apply."
         )
 
 

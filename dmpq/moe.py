@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -262,11 +262,11 @@ def load_model(
         loaded: Any = kind.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except InputError:
         raise
     except Exception as error:  # a damaged checkpoint raises whatever its reader raises
         raise _load_error(name, local, error) from error
+    tokenizer = load_tokenizer(name, source, options)
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -277,6 +277,26 @@ def load_model(
     moe = MoEModel(model.to(device), name=name, revision=revision)
     _check_weights(moe)
     return moe, tokenizer
+
+
+def load_tokenizer(name: str, source: str | Path, options: Mapping[str, Any]) -> Any:
+    """Load a checkpoint's tokenizer.
+
+    Args:
+        name: The checkpoint, for the error.
+        source: A folder, or a hub id.
+        options: Of ``from_pretrained``.
+
+    Raises:
+        InputError: If it has none that can be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise needs_its_code(name, error) or InputError(
+            f"The checkpoint {name} has no tokenizer that can be read ({first_line(error)}); put "
+            "its tokenizer files (tokenizer.json, or tokenizer.model) into the folder."
+        ) from error
 
 
 def _check_device(device: str) -> None:

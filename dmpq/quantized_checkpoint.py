@@ -6,7 +6,6 @@ everything is in it; the same command goes on with what an interrupted one has l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from dmpq.bitmap import BitMap
 from dmpq.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
 from dmpq.errors import InputError
 from dmpq.experts import Experts
-from dmpq.files import JsonLines, locked, replace_atomically
+from dmpq.files import JsonLines, goes_on, locked, replace_atomically
 from dmpq.formats import Format
 from dmpq.packed import PackedLayer, stored_parts, tensor_name
 from dmpq.quantization import quantize
@@ -185,8 +184,7 @@ class QuantizedCheckpoint:
 
     def _fill(self, partial: Path, card: str, progress: Progress) -> None:
         """Write everything into a folder that no other run writes to."""
-        if not self._goes_on(partial):
-            replace_atomically(partial / _STATE, json.dumps(self._state()).encode())
+        goes_on(partial, _STATE, {"map": self.bitmap.to_json(), "shard": self.largest_shard})
         shards = self._shards()
         writers = {
             name: TensorFileWriter(partial / name, tensors, self._metadata)
@@ -211,24 +209,6 @@ class QuantizedCheckpoint:
         self._write_texts(partial, shards, card)
         (partial / _STATE).unlink()
         (partial / _DONE).unlink()
-
-    def _state(self) -> dict[str, str]:
-        text = json.dumps([self.bitmap.to_json(), self.largest_shard], sort_keys=True)
-        return {"made_of": hashlib.sha256(text.encode()).hexdigest()}
-
-    def _goes_on(self, partial: Path) -> bool:
-        """Return whether an interrupted run of this very map is there; clear away another's."""
-        try:
-            if json.loads((partial / _STATE).read_text("utf-8")) == self._state():
-                return True
-        except (OSError, ValueError, RecursionError):
-            pass
-        for left in partial.iterdir():
-            if left.is_dir() and not left.is_symlink():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
-        return False
 
     def _check_disk(self, parent: Path, partial: Path) -> None:
         there = sum(file.stat().st_blocks * 512 for file in partial.glob("*.safetensors"))

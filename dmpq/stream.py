@@ -7,7 +7,9 @@ map is judged by what the profile predicts: nothing is measured on held-out text
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +34,11 @@ if TYPE_CHECKING:
 
     from dmpq.checkpoint import Checkpoint
     from dmpq.profile import Profile
-    from dmpq.session import Progress, Session
+    from dmpq.session import Session
 
 PROFILE: Final = "profile.safetensors"
 BITMAP: Final = "bitmap.json"
+PARTIAL: Final = "profile.partial"
 _GIGABYTE: Final = 1e9
 _EXAMPLES: Final = """examples:
   python -m dmpq.stream --model path/to/checkpoint --out big --max-memory 8
@@ -63,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code(
         lambda: _streamed(arguments),
         memory="see --max-memory, or ask for a shorter --sequence-length",
-        interrupted="Interrupted.",
+        interrupted="Interrupted; the same command goes on from here.",
     )
 
 
@@ -86,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         "--scratch",
         type=Path,
         metavar="FOLDER",
-        help="for what the layers saw: 12 bytes per token, layer and hidden value (default: the "
-        "system's folder for temporary files)",
+        help="for what the layers saw until the profile is done: 12 bytes per token, layer and "
+        "hidden value; an interrupted run goes on with it (default: the --out folder)",
     )
     parser.set_defaults(**_OWN_DEFAULTS)
     return parser
@@ -125,13 +128,15 @@ def stream(
         config: What to search; its ``out`` is the folder.
         console: Where progress and the result are shown.
         max_memory: Bytes beside the imports; ``None`` for no limit.
-        scratch: Folder for temporary files.
+        scratch: Folder for what the layers saw until the profile is done; ``config.out`` where
+            ``None``. The same call goes on with what an interrupted one has left there.
 
     Raises:
         InputError: If the configuration asks for what cannot be, or takes more memory.
     """
     from dmpq.checkpoint import Checkpoint
     from dmpq.checks import prepare
+    from dmpq.profile import empty_profile
     from dmpq.session import Session
 
     prepare(config)
@@ -152,7 +157,11 @@ def stream(
         own = replace(config, search_tokens=0, selection_tokens=0, further_tokens=0)
         session = Session(own, progress=progress)
         session.take(source.moe, source.tokenizer())
-        profile = _profile(session, source, folder, max_memory, scratch, progress)
+        tokens = session.workload.tokens
+        session.problem(empty_profile(source.moe.spec, session.menu, tokens=tokens))  # or refuse
+        profile = _profile(
+            session, source, folder, partial_folder(folder, scratch), max_memory, console
+        )
         source.moe.__dict__["fingerprint"] = profile.fingerprint  # a cached property
         problem = session.problem(profile)
         result = run_agent(
@@ -183,40 +192,66 @@ def stream(
     )
 
 
+def partial_folder(folder: Path, scratch: Path | None) -> Path:
+    """Return where an unfinished profile of an output folder is kept.
+
+    Args:
+        folder: The output folder.
+        scratch: Where the user wants it, which other output folders may share.
+    """
+    if scratch is None:
+        return folder / PARTIAL
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:12]
+    return scratch / f"{PARTIAL}-{name}"
+
+
 def _profile(
     session: Session,
     source: Checkpoint,
     folder: Path,
+    partial: Path,
     max_memory: float | None,
-    scratch: Path | None,
-    progress: Progress,
+    console: Console,
 ) -> Profile:
     """Return the folder's profile where it is of this search, else measure and keep one."""
     import numpy as np
 
+    from dmpq.files import locked
     from dmpq.profile import Profile
-    from dmpq.streamed_profile import batch_tokens, streamed_profile
+    from dmpq.streamed_profile import batch_tokens, scratch_bytes, streamed_profile
 
-    path, splits = folder / PROFILE, session.splits
+    path, splits, progress = folder / PROFILE, session.splits, session.progress
     if path.exists():
         kept = Profile.load(path)
         if (kept.menu, kept.drawn) == (session.menu, splits.drawn):
             found = source.fingerprint(lambda i, n: progress("reading the weights", i, n))
             if kept.fingerprint == found:
+                if partial.exists():  # of a run that was killed between its last two steps
+                    with locked(partial, folder):
+                        shutil.rmtree(partial)
                 return kept
     windows = splits.profile
     assert isinstance(windows, np.ndarray)  # a session of no task draws windows
-    profile = streamed_profile(
-        source,
-        session.menu,
-        windows,
-        text=splits.source,
-        drawn=splits.drawn,
-        lot=batch_tokens(source, windows.shape[1], max_memory),
-        scratch=scratch,
-        progress=progress,
-    )
-    profile.save(path)
+    lot = batch_tokens(source, windows.shape[1], max_memory)
+    partial.mkdir(exist_ok=True)
+    with locked(partial, folder):
+        console.print(
+            f"keeps {scratch_bytes(source, windows, lot) / 1e6:,.1f} MB in {partial} until the "
+            "profile is done",
+            soft_wrap=True,
+        )
+        profile = streamed_profile(
+            source,
+            session.menu,
+            windows,
+            text=splits.source,
+            drawn=splits.drawn,
+            lot=lot,
+            kept=partial,
+            progress=progress,
+        )
+        profile.save(path)
+        shutil.rmtree(partial)
     return profile
 
 

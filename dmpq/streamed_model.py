@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
@@ -22,8 +22,51 @@ from dmpq.errors import InputError
 from dmpq.experts import Experts, run_stacked
 from dmpq.overrides import overridden
 
-Recorder = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Called with a container's number, hidden (T, H), index and weights (T, K), and output (T, H)."""
+
+class Recorder(Protocol):
+    """Keeps what containers, by number, read and gave, so that none is run again on the same.
+
+    Tensors are hidden (T, H), index and weights (T, K), output (T, H), and gradients of them.
+    """
+
+    def output(
+        self, number: int, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, /
+    ) -> torch.Tensor | None:
+        """Return what a container gave when it read this very input; ``None`` if never."""
+
+    def gave(
+        self,
+        number: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        output: torch.Tensor,
+        /,
+    ) -> None:
+        """Keep what a container read and gave."""
+
+    def slopes(
+        self,
+        number: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        gradient: torch.Tensor,
+        /,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return gradients of hidden and weights, where this input's output had this gradient."""
+
+    def blamed(
+        self,
+        number: int,
+        gradient: torch.Tensor,
+        to_hidden: torch.Tensor,
+        to_weights: torch.Tensor,
+        /,
+    ) -> None:
+        """Keep the gradient of a container's output, and those of its hidden and weights."""
+
+
 _META: Final = torch.device("meta")
 _Own = tuple[nn.Module, str, nn.Parameter]
 """A module, and one of its parameters by name, as it stands on the meta device."""
@@ -108,7 +151,7 @@ class StreamedModel:
         type.
 
         Args:
-            record: Told what each container saw, once per forward.
+            record: Keeps what each container saw, and is asked before one is run.
         """
         containers = self.source.moe.containers
         forwards = [_StreamedExperts(self, i, c, record) for i, c in enumerate(containers)]
@@ -179,8 +222,8 @@ class _StreamedExperts:
     def __init__(
         self, model: StreamedModel, number: int, experts: Experts, record: Recorder | None
     ) -> None:
-        self._model, self._number, self._experts = model, number, experts
-        self._record = record
+        self._model, self.number, self._experts = model, number, experts
+        self.record = record
 
     def __call__(
         self, _module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -188,8 +231,6 @@ class _StreamedExperts:
         """Run the layer; the signature of the experts interface."""
         run: Any = _Streamed.apply
         output: torch.Tensor = run(hidden, weights, index, self)
-        if self._record is not None:
-            self._record(self._number, hidden.detach(), index, weights.detach(), output)
         return output
 
     def lots(self, index: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:
@@ -224,15 +265,25 @@ class _Streamed(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weights, index)
         ctx.owner = owner
+        record = owner.record
+        kept = None if record is None else record.output(owner.number, hidden, index, weights)
+        if kept is not None:
+            return kept
         output = torch.zeros_like(hidden)
         for tokens, slots, run in owner.lots(index):
             output.index_add_(0, tokens, run(hidden[tokens], weights[tokens, slots]))
+        if record is not None:
+            record.gave(owner.number, hidden, index, weights, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         hidden, weights, index = ctx.saved_tensors
         (gradient,) = gradients
+        number, record = ctx.owner.number, ctx.owner.record
+        kept = None if record is None else record.slopes(number, hidden, index, weights, gradient)
+        if kept is not None:
+            return *kept, None, None
         to_hidden, to_weights = torch.zeros_like(hidden), torch.zeros_like(weights)
         for tokens, slots, run in ctx.owner.lots(index):
             own = hidden[tokens].detach().requires_grad_()
@@ -242,6 +293,8 @@ class _Streamed(torch.autograd.Function):
             found = torch.autograd.grad(output, (own, weight), gradient[tokens])
             to_hidden.index_add_(0, tokens, found[0])
             to_weights[tokens, slots] = found[1]
+        if record is not None:
+            record.blamed(number, gradient, to_hidden, to_weights)
         return to_hidden, to_weights, None, None
 
 

@@ -7,12 +7,14 @@ profile of ``--signal gradient`` (:mod:`dmpq.profiling`), to rounding.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -25,11 +27,14 @@ from dmpq.errors import InputError
 from dmpq.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
 from dmpq.experts import Experts
 from dmpq.formats import Menu
+from dmpq.heap import return_freed_memory
+from dmpq.moe import MoEModel
 from dmpq.profile import Profile
 from dmpq.profiling import embeddings_require_gradients, estimated, router_norms
 from dmpq.quantization import quantize
 from dmpq.streamed_model import StreamedModel
-from dmpq.tensor_files import TensorFile, TensorFileWriter, TensorInfo
+from dmpq.streamed_record import LotLoss, Record, disk_needed
+from dmpq.tensor_files import TensorFile
 
 BATCH_TOKENS: Final = 2048
 """Tokens of one forward, unless a window is longer."""
@@ -42,6 +47,7 @@ _KEPT: Final = 10
 _MATRICES: Final = 12
 """Copies of an expert's larger matrix in fp32 that quantizing and running it take, at most."""
 _FLOATS: Final = ("hidden", "output", "gradient")
+_STATISTICS: Final = "statistics"
 
 Progress = Callable[[str, int, int], None]
 
@@ -58,7 +64,7 @@ def streamed_profile(
     text: str,
     drawn: Draw | None = None,
     lot: int = BATCH_TOKENS,
-    scratch: Path | None = None,
+    kept: Path | None = None,
     progress: Progress = _silent,
 ) -> Profile:
     """Profile every expert of a checkpoint without loading it.
@@ -70,29 +76,39 @@ def streamed_profile(
         text: What the text is, in words.
         drawn: Which windows of it these are.
         lot: Tokens of one forward, unless a window is longer.
-        scratch: Folder for what the layers saw, 12 bytes per token, layer and hidden value; the
-            system's own for temporary files where ``None``.
+        kept: Folder, of nothing else, for what the layers saw (:func:`scratch_bytes`). What an
+            interrupted run of the same weights, text and options left there is gone on with, and
+            the result is the same to the bit; whatever else is there is removed. The caller
+            removes it when the profile is safe. ``None`` for a temporary one.
         progress: Called with a stage's name, steps done, and all steps.
 
     Raises:
         InputError: If the model cannot be run that way, or gives values that are not finite.
     """
+    return_freed_memory()
     spec = source.moe.spec
     fingerprint = source.fingerprint(lambda i, n: progress("reading the weights", i, n))
+    lots = _lots(windows, lot)
     sums = ExpertSums.zeros(spec.num_experts, len(menu), apart=False)
-    statistics: list[tuple[float, ...]] = []
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        record = _Record(source, Path(folder), windows.size)
-        _run(StreamedModel(source), _lots(windows, lot), record, sums, progress)
-        row = 0
+    statistics = np.zeros((spec.num_experts, len(STATISTICS)))
+    with ExitStack() as stack:
+        folder = kept or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        state = _state(source, menu, windows, lots, fingerprint=fingerprint)
+        record = Record(source, folder, windows.size, lots[0].numel(), state)
+        stack.callback(record.close)
+        _run(source, lots, record, sums, progress)
+        start = 0
         for number, experts in enumerate(source.moe.containers):
-            saw = TensorFile(record.path(number))
-            for index in range(experts.num_experts):
-                variants = _Variants(source, experts, menu)
-                sums.add(row, variants, index, _seen(saw, index))
-                statistics.append(weight_statistics(*variants.variant(index, None)))
-                row += 1
-                progress("profiling", row, spec.num_experts)
+            own = slice(start, start + experts.num_experts)
+            done = record.sums(number)
+            if done is None:
+                _profile_layer(source, menu, record, number, sums, statistics, start, progress)
+                record.keep_sums(number, {**sums.rows(own), _STATISTICS: statistics[own]})
+            else:
+                statistics[own] = done.pop(_STATISTICS)
+                sums.set_rows(own, done)
+            start = own.stop
+            progress("profiling", start, spec.num_experts)
     found = estimated(sums, spec, len(menu))
     return Profile(
         spec=spec,
@@ -113,7 +129,7 @@ def streamed_profile(
         uniform_kl=found.uniform_kl,
         drawn=drawn,
         signal="gradient",
-        **dict(zip(STATISTICS, np.array(statistics).T, strict=True)),
+        **dict(zip(STATISTICS, statistics.T, strict=True)),
         **router_norms(source.moe, [_router(source, one) for one in source.moe.containers]),
     )
 
@@ -126,96 +142,103 @@ def _router(source: Checkpoint, experts: Experts) -> torch.Tensor | None:
     return source.parameter(names[id(experts.router)])
 
 
-@dataclass(eq=False)
-class _Record:
-    """Files of what each layer's experts saw, written while the model runs.
+def _state(
+    source: Checkpoint,
+    menu: Menu,
+    windows: Windows,
+    lots: Sequence[torch.Tensor],
+    *,
+    fingerprint: str,
+) -> dict[str, Any]:
+    """Return all that a record depends on: to the bit, the number of threads is a part of it."""
+    return {
+        "weights": fingerprint,
+        "windows": [list(windows.shape), hashlib.sha256(windows.tobytes()).hexdigest()],
+        "lot": lots[0].numel(),
+        "menu": [list(menu.keys), menu.quantizer, menu.symmetric],
+        "layers": [one.path for one in source.moe.containers],
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("dmpq", "torch", "transformers", "torchao")},
+    }
 
-    Args:
-        source: The checkpoint.
-        folder: Where to.
-        tokens: All of them.
-    """
 
-    source: Checkpoint
-    folder: Path
-    tokens: int
-    _writers: list[TensorFileWriter] = field(default_factory=list)
-    _seen: set[int] = field(default_factory=set)
-    _row: int = 0
-
-    def __post_init__(self) -> None:
-        for number, layer in enumerate(self.source.moe.spec.moe_layers):
-            wide = TensorInfo(torch.float32, (self.tokens, layer.hidden_size))
-            tensors = dict.fromkeys(_FLOATS, wide)
-            tensors["weights"] = TensorInfo(torch.float32, (self.tokens, layer.top_k))
-            tensors["index"] = TensorInfo(torch.int64, (self.tokens, layer.top_k))
-            self._writers.append(TensorFileWriter(self.path(number), tensors, {}))
-
-    def path(self, number: int) -> Path:
-        """Return a layer's file."""
-        return self.folder / f"layer-{number}.safetensors"
-
-    def start(self, row: int) -> None:
-        """Begin a forward whose first token has this number."""
-        self._row, self._seen = row, set()
-
-    def close(self) -> None:
-        """Close the files."""
-        for writer in self._writers:
-            writer.close()
-
-    def __call__(
-        self,
-        number: int,
-        hidden: torch.Tensor,
-        index: torch.Tensor,
-        weights: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """Write what a container saw; the backward pass runs it again, and tells nothing new."""
-        if number in self._seen:
-            return
-        self._seen.add(number)
-        writer, row = self._writers[number], self._row
-        writer.write("hidden", hidden.float(), row=row)
-        writer.write("index", index.long(), row=row)
-        writer.write("weights", weights.float(), row=row)
-        writer.write("output", output.detach().float(), row=row)
-        output.register_hook(lambda slope: writer.write("gradient", slope.float(), row=row))
+def _profile_layer(
+    source: Checkpoint,
+    menu: Menu,
+    record: Record,
+    number: int,
+    sums: ExpertSums,
+    statistics: NDArray[np.float64],
+    start: int,
+    progress: Progress,
+) -> None:
+    """Judge every expert of a layer on the tokens that select it."""
+    experts, saw = source.moe.containers[number], record.saw(number)
+    for index in range(experts.num_experts):
+        variants = _Variants(source, experts, menu)
+        sums.add(start + index, variants, index, _seen(saw, index))
+        statistics[start + index] = weight_statistics(*variants.variant(index, None))
+        progress("profiling", start + index + 1, source.moe.spec.num_experts)
 
 
 def _run(
-    streamed: StreamedModel,
+    source: Checkpoint,
     lots: Sequence[torch.Tensor],
-    record: _Record,
+    record: Record,
     sums: ExpertSums,
     progress: Progress,
 ) -> None:
     """Run the model forward and backward over the text, a lot of windows after the other."""
-    moe = streamed.source.moe
-    try:
-        # Within, so that the hooks stand behind those that cast what was looked up.
-        with streamed.streaming(record), embeddings_require_gradients(moe):
-            for number, ids in enumerate(lots, 1):
-                record.start(sums.tokens)
-                targets = moe.read(ids)[:, 1:]
-                with torch.enable_grad():
-                    logits = moe.logits(ids)
-                    loss = functional.cross_entropy(
-                        logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum"
-                    )
-                    torch.autograd.backward(loss)
-                if not torch.isfinite(loss):
-                    raise InputError(
-                        f"{moe.name} gives a loss that is not finite on this text; use other "
-                        "text, or get the checkpoint again."
-                    )
-                sums.tokens += ids.numel()
-                sums.nll += float(loss.detach())
-                sums.predicted += targets.numel()
-                progress("forward and backward", number, len(lots))
-    finally:
-        record.close()
+    moe = source.moe
+    losses: list[LotLoss] = []
+    with ExitStack() as stack:
+        running = False
+        for number, ids in enumerate(lots, 1):
+            row = sum(one.tokens for one in losses)
+            loss = record.loss(row)
+            if loss is None and not running:
+                stack.enter_context(StreamedModel(source).streaming(record))
+                # After it, so that its hooks stand behind those that cast what was looked up.
+                stack.enter_context(embeddings_require_gradients(moe))
+                running = True
+            if loss is None:
+                record.start(row)
+                loss = _forward_and_backward(moe, ids)
+                record.finish(loss)
+            losses.append(loss)
+            progress("forward and backward", number, len(lots))
+    sums.tokens = sum(one.tokens for one in losses)
+    sums.nll = sum(one.nll for one in losses)
+    sums.predicted = sum(one.predicted for one in losses)
+
+
+def _forward_and_backward(moe: MoEModel, ids: torch.Tensor) -> LotLoss:
+    targets = moe.read(ids)[:, 1:]
+    with torch.enable_grad():
+        logits = moe.logits(ids)
+        loss = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum"
+        )
+        torch.autograd.backward(loss)
+    if not torch.isfinite(loss):
+        raise InputError(
+            f"{moe.name} gives a loss that is not finite on this text; use other text, or get the "
+            "checkpoint again."
+        )
+    return LotLoss(ids.numel(), float(loss.detach()), targets.numel())
+
+
+def scratch_bytes(source: Checkpoint, windows: Windows, lot: int) -> int:
+    """Return what a profile keeps on disk until it is done, bytes.
+
+    12 per token, layer and hidden value; 4 more per token of one forward, and the routing.
+
+    Args:
+        source: The checkpoint.
+        windows: int64 (W, length), token ids.
+        lot: Tokens of one forward, unless a window is longer.
+    """
+    return disk_needed(source, windows.size, _lots(windows, lot)[0].numel())
 
 
 def batch_tokens(source: Checkpoint, length: int, allowed: float | None) -> int:

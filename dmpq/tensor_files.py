@@ -34,6 +34,19 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 """By the format's names; 8-bit floats, of checkpoints that are quantized already, are not read."""
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_LIBRARY_ORDER: Final = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+)
+"""The library writes the last of these first; of one width, it does not go by names alone."""
 _LENGTH: Final = 8
 _CHUNK: Final = 1 << 24
 
@@ -147,11 +160,15 @@ def file_bytes(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -
 
 
 def _laid_out(
-    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], *, as_library: bool = False
 ) -> tuple[bytes, dict[str, int]]:
     """Return a file's header, and where each tensor starts behind it."""
+
+    def rank(dtype: torch.dtype) -> int:
+        return _LIBRARY_ORDER.index(dtype) if as_library else dtype.itemsize
+
     # Wide types first, as the library does, so that every tensor is aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = sorted(tensors, key=lambda name: (-rank(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     start: dict[str, int] = {}
     at = 0
@@ -175,17 +192,24 @@ class TensorFileWriter:
         path: The file; one of the same size that is there is gone on with.
         tensors: Everything that it will hold.
         metadata: Text for its header.
+        as_library: Whether types of one width are in the library's order, so that the file is the
+            library's own to the byte; else they are in the order of their names.
     """
 
     def __init__(
-        self, path: str | Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+        self,
+        path: str | Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str],
+        *,
+        as_library: bool = False,
     ) -> None:
         self.path = Path(path)
-        header, self._start = _laid_out(tensors, metadata)
+        header, self._start = _laid_out(tensors, metadata, as_library=as_library)
         head = len(header).to_bytes(_LENGTH, "little") + header
         self._tensors = tensors
         self._data = len(head)
-        self.num_bytes = file_bytes(tensors, metadata)
+        self.num_bytes = len(head) + sum(info.num_bytes for info in tensors.values())
         self.path.touch()
         self._file = self.path.open("r+b", buffering=0)
         self._file.write(head)

@@ -13,13 +13,13 @@ import torch
 from conftest import build
 from factories import write_bitmap
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import dmpq.hf  # noqa: F401, registers the format
 from dmpq.apply import main
 from dmpq.bank import Bank
 from dmpq.bitmap import BitMap, assignment_from
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoint import INDEX, Checkpoint
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.formats import Menu
@@ -401,6 +401,72 @@ def test_a_missing_tensor_is_refused_not_drawn_at_random(reference, tmp_path):
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=rf"{re.escape(name)} is missing"):
         AutoModelForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight", "lm_head.weight"]
+)
+def test_missing_weights_beside_the_experts_are_refused(name, reference, tmp_path):
+    copy, _ = edited(reference[0], tmp_path)
+    tensors = load_file(copy / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"lacks 1 of its weights, among them {name}, and"):
+        AutoModelForCausalLM.from_pretrained(copy)
+
+
+def test_a_shard_that_nothing_names_any_more_is_missed(reference, tmp_path):
+    _, made = reference
+    QuantizedCheckpoint(made.bitmap, made.source, largest_shard=200_000).write(
+        tmp_path / "out", card="", check=False
+    )
+    path = tmp_path / "out" / INDEX
+    index = json.loads(path.read_text())
+    gone = index["weight_map"]["model.layers.0.self_attn.q_proj.weight"]
+    (tmp_path / "out" / gone).unlink()
+    with pytest.raises(OSError, match=gone):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    kept = {name: shard for name, shard in index["weight_map"].items() if shard != gone}
+    path.write_text(json.dumps({**index, "weight_map": kept}))
+    with pytest.raises(InputError, match=r"is missing|lacks \d+ of its weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("cut", [5, 1000, -9])
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_a_cut_file_is_refused_by_name(cut, dtype, reference, tmp_path):
+    copy, _ = edited(reference[0], tmp_path)
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(InputError, match=rf"{file.name} is no whole safetensors file"):
+        AutoModelForCausalLM.from_pretrained(copy, dtype=dtype)
+
+
+def test_tied_weights_are_not_missed(tmp_path, token_ids):
+    model = build("olmoe")
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "model")
+    moe = MoEModel(model, name=str(tmp_path / "model"))
+    bitmap = bitmap_of(moe, MENU, np.full(moe.spec.num_experts, 3), tmp_path)
+    made = QuantizedCheckpoint(bitmap, Checkpoint(str(tmp_path / "model")))
+    made.write(tmp_path / "out", card="")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    whole, logits = loaded(tmp_path / "out", token_ids)
+    assert torch.equal(whole.lm_head.weight, whole.model.embed_tokens.weight)
+    assert torch.equal(logits, evaluated(moe, MENU, np.full(moe.spec.num_experts, 3), token_ids))
+
+
+def test_a_classifier_s_head_may_be_new_but_nothing_below_it(saved, tmp_path):
+    folder, moe = saved("mixtral")
+    bitmap = bitmap_of(moe, MENU, np.full(moe.spec.num_experts, 3), tmp_path)
+    QuantizedCheckpoint(bitmap, Checkpoint(str(folder))).write(tmp_path / "out", card="")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    del tensors["model.layers.0.self_attn.k_proj.weight"]
+    save_file(tensors, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="lacks 1 of its weights"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import build
 
 from dmpq.bitmap import BitMap
 from dmpq.checkpoint import Checkpoint
@@ -73,6 +74,71 @@ def refused(capsys, *arguments):
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     return said
+
+
+@pytest.fixture
+def unprofiled(monkeypatch):
+    """A run in which nothing may be profiled."""
+
+    def refuse(*_, **__):
+        raise AssertionError("profiled before the refusal")
+
+    monkeypatch.setattr("dmpq.streamed_profile.streamed_profile", refuse)
+    monkeypatch.setattr(Checkpoint, "fingerprint", refuse)
+
+
+@pytest.mark.usefixtures("unprofiled")
+def test_what_cannot_be_is_refused_before_profiling(tmp_path, capsys):
+    out = ("--out", tmp_path / "big")
+    assert "avg-bits" in refused(capsys, *SMALL, *out, "--avg-bits", "1")
+    assert "--dataset is empty; give 'embedded'" in refused(capsys, *SMALL, *out, "--dataset", "")
+    assert "Unknown hardware" in refused(capsys, *SMALL, *out, "--hw", "none")
+
+
+@pytest.mark.usefixtures("unprofiled")
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("olmoe", "gives no token for any text: its vocab"),
+        ("mixtral", "has no tokenizer that can"),
+    ],
+)
+def test_a_missing_tokenizer_is_named(family, message, tmp_path, capsys):
+    build(family).save_pretrained(tmp_path / "model")
+    model = ("--model", tmp_path / "model", "--sequence-length", "8", "--avg-bits", "5")
+    said = refused(capsys, *SMALL, *model, "--out", tmp_path / "big")
+    assert message in said
+    assert "put" in said
+    assert "tokenizer.json" in said
+
+
+def test_an_interrupted_run_goes_on_and_ends_as_the_uninterrupted_one(
+    streamed, tmp_path, capsys, monkeypatch
+):
+    out, scratch = tmp_path / "big", tmp_path / "scratch"
+    scratch.mkdir()
+    options = [*SMALL, "--out", str(out), "--max-memory", "0.5", "--scratch", str(scratch)]
+    read, reads = Checkpoint.expert, []
+
+    def counted(self, experts, side, index):
+        reads.append(index)
+        if len(reads) == 150:
+            raise KeyboardInterrupt
+        return read(self, experts, side, index)
+
+    monkeypatch.setattr(Checkpoint, "expert", counted)
+    assert main(options) == 130
+    assert "the same command goes on from here" in capsys.readouterr().out
+    assert not (out / "profile.safetensors").exists()
+    (left,) = scratch.iterdir()
+    assert list(left.glob("layer-*"))
+    before = len(reads)
+    assert main(options) == 0
+    assert len(reads) - before <= 2 * 2 * 64, "the forward pass was done"
+    assert not list(scratch.iterdir())
+    name = "profile.safetensors"
+    assert (out / name).read_bytes() == (streamed / name).read_bytes()
+    assert (out / "bitmap.json").exists()
 
 
 def test_limits_that_cannot_be_kept_are_refused(tmp_path, capsys):

@@ -46,6 +46,19 @@ def test_the_library_reads_what_is_written_row_by_row(tmp_path_factory, tensors)
 
 @given(TENSORS)
 @settings(max_examples=40, deadline=None)
+def test_the_file_is_the_library_s_to_the_byte_where_asked(tmp_path_factory, tensors):
+    folder = tmp_path_factory.mktemp("bytes")
+    values = {name: filled(*kind) for name, kind in tensors.items()}
+    infos = {name: TensorInfo(v.dtype, tuple(v.shape)) for name, v in values.items()}
+    with TensorFileWriter(folder / "own", infos, {"format": "pt"}, as_library=True) as writer:
+        for name, tensor in values.items():
+            writer.write(name, tensor)
+    save_file(values, folder / "library", metadata={"format": "pt"})
+    assert (folder / "own").read_bytes() == (folder / "library").read_bytes()
+
+
+@given(TENSORS)
+@settings(max_examples=40, deadline=None)
 def test_what_the_library_writes_is_read_whole_in_rows_and_in_pieces(tmp_path_factory, tensors):
     path = tmp_path_factory.mktemp("read") / "model.safetensors"
     values = {name: filled(*kind) for name, kind in tensors.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -21,7 +22,15 @@ from dmpq.exporters.base import number_pattern
 from dmpq.exporters.compressed_tensors import quantization_config, weights
 from dmpq.exporters.names import DOWN, LayerNames
 from dmpq.exporters.plan import Plan, leaves_of
-from dmpq.exporters.weights import check_fits, matrices, quantized, save_whole, to_bfloat16
+from dmpq.exporters.weights import (
+    Matrix,
+    check_fits,
+    matrices,
+    quantized,
+    save_whole,
+    to_bfloat16,
+)
+from dmpq.tensor_files import TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -105,22 +114,11 @@ def write_container(
     Raises:
         InputError: If the map does not fit, is of other weights, or ``out`` is there.
     """
-    if find_spec("compressed_tensors") is None:
-        raise InputError(
-            "--container writes through compressed-tensors, which is not installed; pip install "
-            "compressed-tensors."
-        )
+    _check_installed()
     plan = Plan.of(bitmap)
     check_container(plan, bits)
     check_fits(bitmap, moe)
-    group = math.gcd(
-        *(
-            layer.group_of(e, part)
-            for layer in plan.layers
-            for e in range(len(layer.experts))
-            for part in layer.parts
-        )
-    )
+    group = _common_group(plan)
     packed = _packed(bitmap, moe, plan, bits=bits, group=group)
     model = to_bfloat16(moe)
 
@@ -128,12 +126,84 @@ def write_container(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         _replace_experts(folder, packed)
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        config["quantization_config"] = _one_group(plan, bits=bits, group=group)
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        _configure(folder, plan, bits=bits, group=group)
         bitmap.write(folder / "bitmap.json")
 
     save_whole(out, write)
+
+
+class ContainerPacking:
+    """What stands in the place of experts' weights in a file that is written expert by expert.
+
+    Args:
+        plan: Of the map.
+        bits: Width of the container.
+
+    Raises:
+        InputError: If the map does not fit.
+    """
+
+    def __init__(self, plan: Plan, *, bits: int) -> None:
+        _check_installed()
+        check_container(plan, bits)
+        self._plan, self._bits, self._group = plan, bits, _common_group(plan)
+        disk = [one for layer in plan.layers for one in layer.names.disk]
+        self._leaves = {leaf for parts in disk for leaf in parts.values()}
+
+    def tensors(self, name: str, info: TensorInfo) -> dict[str, TensorInfo] | None:
+        """Return what stands in the place of a tensor; ``None`` where it is no expert's."""
+        import torch
+
+        leaf = name.removesuffix(".weight")
+        if leaf not in self._leaves:
+            return None
+        rows, columns = info.shape
+        packed = _entry(torch.zeros(1, columns, dtype=torch.int16), torch.ones(1, 1), self._bits)
+        words = packed["weight_packed"].shape[1]
+        return {
+            f"{leaf}.weight_packed": TensorInfo(torch.int32, (rows, words)),
+            f"{leaf}.weight_scale": TensorInfo(torch.float32, (rows, columns // self._group)),
+            f"{leaf}.weight_shape": TensorInfo(torch.int64, (2,)),
+        }
+
+    def values(self, matrix: Matrix) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield what a matrix becomes: names in a file, and values."""
+        made = _packed_matrix(self._plan, matrix, bits=self._bits, group=self._group)
+        for leaf, kinds in made.items():
+            for kind, values in kinds.items():
+                yield f"{leaf}.{kind}", values
+
+    def finish(self, folder: Path) -> None:
+        """Say in a folder's configuration how its experts are stored; sort its index."""
+        _configure(folder, self._plan, bits=self._bits, group=self._group)
+        if (folder / _INDEX).exists():
+            whole = json.loads((folder / _INDEX).read_text("utf-8"))
+            (folder / _INDEX).write_text(json.dumps(whole, indent=2) + "\n", "utf-8")
+
+
+def _check_installed() -> None:
+    if find_spec("compressed_tensors") is None:
+        raise InputError(
+            "--container writes through compressed-tensors, which is not installed; pip install "
+            "compressed-tensors."
+        )
+
+
+def _configure(folder: Path, plan: Plan, *, bits: int, group: int) -> None:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["quantization_config"] = _one_group(plan, bits=bits, group=group)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _common_group(plan: Plan) -> int:
+    return math.gcd(
+        *(
+            layer.group_of(e, part)
+            for layer in plan.layers
+            for e in range(len(layer.experts))
+            for part in layer.parts
+        )
+    )
 
 
 def _packed(
@@ -142,14 +212,26 @@ def _packed(
     """Return name on disk → what stands there instead of ``.weight``."""
     result: dict[str, dict[str, torch.Tensor]] = {}
     for number, _, expert, side, fmt, weight in matrices(bitmap, moe):
-        layer = plan.layers[number]
-        parts = layer.parts[-1:] if side else layer.parts[:-1]
-        made = quantized(weight, fmt, bitmap)
-        integers, scales = _integers(made, fmt.bits), _scales(made, weight.shape[-1], group)
-        rows = len(integers) // len(parts)
-        for index, part in enumerate(parts):
-            own = slice(index * rows, (index + 1) * rows)
-            result[layer.names.disk[expert][part]] = _entry(integers[own], scales[own], bits)
+        own = Matrix(number, expert, side, fmt, weight)
+        result |= _packed_matrix(plan, own, bits=bits, group=group)
+    return result
+
+
+def _packed_matrix(
+    plan: Plan, matrix: Matrix, *, bits: int, group: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Return name on disk → what stands there instead of ``.weight``, of one matrix."""
+    layer, weight = plan.layers[matrix.layer], matrix.weight
+    parts = layer.parts[-1:] if matrix.side else layer.parts[:-1]
+    made = quantized(weight, matrix.fmt, plan.bitmap)
+    integers = _integers(made, matrix.fmt.bits)
+    scales = _scales(made, weight.shape[-1], group)
+    rows = len(integers) // len(parts)
+    result = {}
+    for index, part in enumerate(parts):
+        own = slice(index * rows, (index + 1) * rows)
+        leaf = layer.names.disk[matrix.expert][part]
+        result[leaf] = _entry(integers[own], scales[own], bits)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 
     from dmpq.moe import Experts, MoEModel
     from dmpq.quantization import QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One matrix of an expert, and what it is to become.
+
+    Attributes:
+        layer: Ordinal of the layer.
+        expert: Index there.
+        side: 0 for gate+up, 1 for down.
+        fmt: Its format.
+        weight: fp32 (out, in).
+    """
+
+    layer: int
+    expert: int
+    side: int
+    fmt: Format
+    weight: torch.Tensor
 
 
 def check_fits(bitmap: BitMap, moe: MoEModel) -> None:

@@ -17,7 +17,10 @@ from dmpq.exporters.plan import LayerPlan, Plan, leaves_of
 
 def _configuration(plan: Plan) -> dict[str, Any]:
     bits, group = plan.commonest
-    containers = "|".join(re.escape(layer.names.path) for layer in plan.layers)
+    paths = [layer.names.path for layer in plan.layers]
+    # Which modules of a layer to look at is asked first, by names that begin inside of it.
+    inside = dict.fromkeys(re.split(r"\.\d+\.", path)[-1] for path in paths)
+    containers = "|".join(map(re.escape, dict.fromkeys([*paths, *inside])))
     dynamic: dict[str, dict[str, Any]] = {f"-:^(?!({containers})(\\.|$))": {}}
     positive: dict[str, dict[str, Any]] = {}
     for layer in plan.layers:

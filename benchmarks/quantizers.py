@@ -2,7 +2,8 @@
 
     python benchmarks/quantizers.py --threads 1
     python benchmarks/quantizers.py --threads 1 --text wikitext-2/valid.jsonl
-    python benchmarks/quantizers.py --threads 1 --text wikitext-2/valid.jsonl --only tokens=8192
+    python benchmarks/quantizers.py --threads 1 --text test.joined.txt --only tokens=8192 \\
+        --out benchmarks/results/quantizers_ebss.json
 
 Every row is the bundled model with all its experts in one width, on text that calibrated nothing:
 the embedded text's held-out side, and the last fifth of each ``--text``. GPTQ is calibrated on the
@@ -159,7 +160,7 @@ def keep(rows: list[Row], path: Path) -> None:
 
 def others(path: Path, part: str, texts: set[str]) -> list[Row]:
     """Return the rows of a file but for those of some texts and of quantizers named so."""
-    rows = [Row(**row) for row in json.loads(path.read_text())]
+    rows = [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
     return [row for row in rows if part not in row.quantizer or row.text not in texts]
 
 

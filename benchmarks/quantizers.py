@@ -1,8 +1,8 @@
-"""What uniform maps lose by quantizer: RTN, HQQ, GPTQ with MoEQuant's options, and compensators.
+r"""What uniform maps lose by quantizer: RTN, HQQ, GPTQ with MoEQuant's options, and compensators.
 
     python benchmarks/quantizers.py --threads 1
     python benchmarks/quantizers.py --threads 1 --text wikitext-2/valid.jsonl
-    python benchmarks/quantizers.py --threads 1 --text test.joined.txt --only tokens=8192 \\
+    python benchmarks/quantizers.py --threads 1 --text test.joined.txt --only tokens=8192 \
         --out benchmarks/results/quantizers_ebss.json
 
 Every row is the bundled model with all its experts in one width, on text that calibrated nothing:

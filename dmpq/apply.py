@@ -205,7 +205,7 @@ def calibration_factors(
 
     Args:
         bitmap: Of a calibrated quantizer.
-        source: The checkpoint; the model is loaded for one forward.
+        source: The checkpoint; the model is loaded to read the text, or to write it first.
 
     Returns:
         What :attr:`dmpq.quantized_checkpoint.QuantizedCheckpoint.factors` takes.
@@ -213,8 +213,8 @@ def calibration_factors(
     Raises:
         InputError: If the text is another by now, or cannot be read.
     """
-    from dmpq.calibration import Calibration
-    from dmpq.data import CalibrationText, redrawn
+    from dmpq.calibration import Calibration, calibrating_windows
+    from dmpq.data import CalibrationText
     from dmpq.moe import load_model
 
     told = bitmap.calibration
@@ -225,7 +225,7 @@ def calibration_factors(
         revision=source.moe.revision,
         trust_remote_code=source.trust_remote_code,
     )
-    windows = redrawn(text.dataset, tokenizer, text.draw)
+    windows = calibrating_windows(text, moe, tokenizer, bitmap.menu.method)
     return Calibration(moe, windows, bitmap.menu.method).factors
 
 

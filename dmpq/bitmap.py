@@ -57,7 +57,8 @@ class BitMap:
         git_revision: Commit of this project's sources; ``None`` where unknown.
         calibration: What GPTQ was calibrated by, and no other quantizer is: ``dataset``, and
             the draw from it: ``stream``, ``length`` and ``windows``, as in
-            :class:`dmpq.data.Draw`. It stands in the file's ``quantizer``.
+            :class:`dmpq.data.Draw`; of a text that the model wrote ``"ebss"``, and the tokens that
+            its windows start with. It stands in the file's ``quantizer``.
 
     Raises:
         InputError: If any part is malformed, or the parts do not fit each other.

@@ -6,8 +6,9 @@ that there is no one quantized model before a layer, and every layer sees its ex
 
 Two options are MoEQuant's (arXiv 2505.03804). Affinity: the Hessian is ``sum c x x^T``, with c the
 routing weight that the token gives the expert. Balance: the authors have the model write text by
-a beam search that prefers even usage of the experts; here windows of real text are chosen so, one
-after another, which needs no generation and keeps to text that is at hand.
+a beam search that prefers even usage of the experts (``ebss``, :mod:`dmpq.ebss`); ``balanced``
+chooses windows of real text so, one after another, which needs no generation and keeps to text
+that is at hand.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dmpq.data import CalibrationText, redrawn
+from dmpq.ebss import cost_tokens, rewritten
 from dmpq.errors import InputError
 from dmpq.experts import Experts, run_stacked
 from dmpq.moe import MoEModel
@@ -122,13 +125,14 @@ class Calibration:
     Attributes:
         quantizer: Whose options it follows.
         digest: SHA-256 of the text and of these options.
-        forwarded: Tokens that the model was run on.
+        forwarded: Tokens that the model was run on, those it read to write the text included.
         layers: The inputs of each MoE layer.
 
     Args:
         moe: The model.
         windows: int64 (windows, length), the calibration text; their order makes no difference.
-        quantizer: Its options: tokens, affinity, balanced and damping.
+            With ``ebss``: what the model wrote.
+        quantizer: Its options.
         progress: Called with the number of batches recorded, and of all.
 
     Raises:
@@ -164,6 +168,8 @@ class Calibration:
             drawn = np.random.default_rng(0).permutation(len(ordered))[:wanted]
             ordered = ordered[np.sort(drawn)]
         self.forwarded = ordered.size
+        if quantizer.ebss:
+            self.forwarded += cost_tokens(windows.shape, beams=quantizer.beams)
         layers = _record(moe, ordered, progress)
         if wanted < len(ordered):
             chosen = balanced_windows(layers, len(ordered), wanted)
@@ -207,7 +213,8 @@ class Calibration:
             for layer in self.layers
         )
         few = int((self.hits < widest).sum())
-        read = f"{self.quantizer} is calibrated on {self.tokens:,} tokens"
+        wrote = " that the model wrote" if self.quantizer.ebss else ""
+        read = f"{self.quantizer} is calibrated on {self.tokens:,} tokens{wrote}"
         if not few:
             return (read,)
         return (
@@ -216,6 +223,34 @@ class Calibration:
             f"inputs of a projection ({int((self.hits == 0).sum())} have none); their layer's "
             "tokens make up the number",
         )
+
+
+def calibrating_windows(
+    text: CalibrationText,
+    moe: MoEModel,
+    tokenizer: Any,
+    quantizer: Quantizer,
+    *,
+    progress: Progress | None = None,
+) -> NDArray[np.int64]:
+    """Draw or write again the windows that a map or a profile says it was calibrated by.
+
+    Args:
+        text: What it says.
+        moe: The model.
+        tokenizer: The model's.
+        quantizer: Whose options hold.
+        progress: Called with steps done and all steps, where the model writes.
+
+    Returns:
+        int64 (windows, length).
+
+    Raises:
+        InputError: If the text is another by now, or cannot be read or written.
+    """
+    if quantizer.ebss:
+        return rewritten(moe, text, quantizer, progress=progress)
+    return redrawn(text.dataset, tokenizer, text.draw)
 
 
 class _Recorder:

@@ -42,7 +42,8 @@ class SearchConfig:
     quantizer: str = _option(
         "hqq",
         "how weights are quantized: rtn, hqq or gptq; with a low-rank compensator, as in hqq+lr8; "
-        "gptq with options, as in gptq,tokens=4096,affinity,balanced",
+        "gptq with options, as in gptq,tokens=4096,affinity,balanced; gptq,ebss for text that the "
+        "model writes",
     )
     symmetric: bool = _option(False, "symmetric codes, without zero-points")
     serve: str = _option(

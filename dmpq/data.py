@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +31,8 @@ _BLOCK: Final = 1 << 16
 class TokenRequest:
     """How many tokens each role needs; ``0`` for a role that is not used.
 
-    Of ``further`` calibration text there may be less: what the other roles leave.
+    Of ``further`` calibration text there may be less: what the other roles leave. ``calibration``
+    is what GPTQ is calibrated by.
     """
 
     profile: int
@@ -39,6 +40,7 @@ class TokenRequest:
     selection: int
     heldout: int
     further: int = 0
+    calibration: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class CalibrationText:
     """The text that GPTQ is calibrated by, as a bit map tells it.
 
     Attributes:
-        dataset: As for :func:`load_splits`.
-        draw: Which of its windows were drawn.
+        dataset: As for :func:`load_splits`; ``"ebss"`` where the model wrote the text itself.
+        draw: Which of its windows were drawn. Of a text that the model wrote: its SHA-256, and in
+            place of windows the tokens that these start with.
     """
 
     dataset: str
@@ -107,6 +110,8 @@ class Splits:
         heldout: For what is reported; its documents serve no other role.
         source: What the text is, in words.
         drawn: The windows of ``profile``.
+        calibration: For GPTQ, and nothing else; ``None`` where none was asked for.
+        calibrating: The windows of ``calibration``.
     """
 
     profile: Windows
@@ -116,6 +121,8 @@ class Splits:
     heldout: Windows
     source: str
     drawn: Draw
+    calibration: Windows | None = None
+    calibrating: Draw | None = None
 
 
 def load_splits(
@@ -125,7 +132,7 @@ def load_splits(
     length: int,
     tokens: TokenRequest,
     seed: int,
-    taken: Draw | None = None,
+    taken: Sequence[Draw] = (),
 ) -> Splits:
     """Return windows of text for every role.
 
@@ -142,7 +149,7 @@ def load_splits(
         length: Tokens per window.
         tokens: Number of tokens per role, rounded up to whole windows.
         seed: Draws the calibration windows.
-        taken: What an earlier draw from the same text has used; no role gets any of it. A draw
+        taken: What earlier draws from the same text have used; no role gets any of it. A draw
             from another text has no effect.
 
     Raises:
@@ -152,23 +159,29 @@ def load_splits(
     pool, owners, stream = _windows(calibration, tokenizer, length)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(pool))
-    if taken is not None and taken.stream == stream:
-        order = order[~taken.touched(length, len(pool))[order]]
+    for draw in taken:
+        if draw.stream == stream:
+            order = order[~draw.touched(length, len(pool))[order]]
     counts = [-(-t // length) for t in (tokens.profile, tokens.search, tokens.selection)]
-    needed = sum(counts)
-    if len(order) < needed:
-        raise _too_short(dataset, "calibration", len(order), needed, length)
-    drawn_evenly = evenly(order, owners, needed + -(-tokens.further // length))
+    needed, own = sum(counts), -(-tokens.calibration // length)
+    if len(order) < needed + own:
+        raise _too_short(dataset, "calibration", len(order), needed + own, length)
+    drawn_evenly = evenly(order, owners, needed + own + -(-tokens.further // length))
     order = rng.permutation(drawn_evenly[:needed])
     profile, search, selection = np.split(pool[order], np.cumsum(counts)[:2])
-    further = pool[rng.permutation(drawn_evenly[needed:])]
+    calibrating = np.sort(drawn_evenly[needed : needed + own])
+    further = pool[rng.permutation(drawn_evenly[needed + own :])]
     wanted = -(-tokens.heldout // length)
     rest, owners, _ = _windows(heldout, tokenizer, length)
     if len(rest) < wanted:
         raise _too_short(dataset, "held-out", len(rest), wanted, length)
     spread = np.sort(evenly(np.random.default_rng(0).permutation(len(rest)), owners, wanted))
     drawn = Draw(stream, length, tuple(sorted(order[: counts[0]].tolist())))
-    return Splits(profile, search, selection, further, rest[spread], source, drawn)
+    splits = Splits(profile, search, selection, further, rest[spread], source, drawn)
+    if not own:
+        return splits
+    draw = Draw(stream, length, tuple(calibrating.tolist()))
+    return replace(splits, calibration=pool[calibrating], calibrating=draw)
 
 
 def redrawn(dataset: str, tokenizer: Any, draw: Draw) -> Windows:

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.data import Draw
+from dmpq.data import CalibrationText, Draw
 from dmpq.errors import InputError, first_line
 from dmpq.files import replace_atomically, safetensors_bytes
 from dmpq.formats import Menu
@@ -64,6 +64,8 @@ class Profile:
         router_norm_change: (N,), its change since initialisation; NaN where unknown.
         uniform_kl: (B,), KL of every uniform map, nats per token.
         drawn: Which windows of its text it was measured on; ``None`` where unknown.
+        calibration: What GPTQ was calibrated by; ``None`` for other quantizers, and where the
+            text of ``drawn`` calibrated it, as in profiles of before.
         signal: Whether sensitivities were measured, one evaluation per variant, or are half the
             proxy, and the uniform KLs their sums.
     """
@@ -91,6 +93,7 @@ class Profile:
     router_norm_change: Floats
     uniform_kl: Floats
     drawn: Draw | None = None
+    calibration: CalibrationText | None = None
     signal: Signal = "sensitivity"
 
     def __post_init__(self) -> None:
@@ -172,6 +175,7 @@ class Profile:
             "signal": self.signal,
             **{name: getattr(self, name) for name in _SCALARS},
             **({} if self.drawn is None else {"drawn": asdict(self.drawn)}),
+            **({} if self.calibration is None else {"calibration": self.calibration.to_json()}),
         }
         metadata = {"dmpq": json.dumps(header, sort_keys=True)}
         data = safetensors_bytes(self._arrays(), metadata=metadata)
@@ -207,6 +211,7 @@ class Profile:
                 ),
                 **{name: header[name] for name in _SCALARS},
                 drawn=_read_draw(header.get("drawn")),
+                calibration=_read_calibration(header.get("calibration")),
                 signal=header.get("signal", "sensitivity"),
                 **arrays,
             )
@@ -233,6 +238,18 @@ def _read_draw(data: Any) -> Draw | None:
         ):
             return Draw(stream, length, tuple(windows))
     raise InputError("The profile's drawn windows are damaged; measure the profile again.")
+
+
+def _read_calibration(data: Any) -> CalibrationText | None:
+    """Return what the file says of the text that calibrated GPTQ, where it says something."""
+    match data:
+        case None:
+            return None
+        case {"dataset": str(dataset), **rest}:
+            draw = _read_draw(rest)
+            assert draw is not None
+            return CalibrationText(dataset, draw)
+    raise InputError("The profile's calibration is damaged; measure the profile again.")
 
 
 _MOST_WINDOWS: Final = 1 << 40

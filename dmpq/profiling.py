@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dmpq.bank import LayerBank
-from dmpq.data import Draw
+from dmpq.data import CalibrationText, Draw
 from dmpq.errors import InputError
 from dmpq.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
 from dmpq.experts import run_stacked
@@ -65,6 +65,7 @@ def measure_profile(
     *,
     text: str,
     drawn: Draw | None = None,
+    calibrated_by: CalibrationText | None = None,
     projections: bool = False,
     signal: Signal = "sensitivity",
     progress: Progress | None = None,
@@ -75,6 +76,7 @@ def measure_profile(
         evaluator: Holds the bank and the profiling text.
         text: What the text is, in words.
         drawn: Which windows of it the evaluator has; a search on the profile uses others.
+        calibrated_by: What GPTQ was calibrated by; ``None`` for other quantizers.
         projections: Measure sensitivities of gate+up and down apart as well.
         signal: Measure each variant's KL, or take it from gradients.
         progress: Called with the number of variants measured, and of all variants; with gradients,
@@ -116,6 +118,7 @@ def measure_profile(
         proxy=sums.proxy / sums.tokens,
         uniform_kl=found.uniform_kl,
         drawn=drawn,
+        calibration=calibrated_by,
         signal=signal,
         **_weight_statistics(moe),
         **router_norms(moe, [container.router for container in moe.containers]),

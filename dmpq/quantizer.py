@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final, Literal, get_args
 
 from dmpq.errors import InputError, did_you_mean, unknown
@@ -14,9 +14,15 @@ QuantizerName = Literal["rtn", "hqq", "gptq"]
 QUANTIZERS: Final[tuple[QuantizerName, ...]] = get_args(QuantizerName)
 CALIBRATED: Final = "gptq"
 DEFAULT_DAMPING: Final = 0.01
+DEFAULT_BEAMS: Final = 4
+DEFAULT_TAU: Final = 1.2
 
 _RANK: Final = "lr"
 _LARGEST_DAMPING: Final = 10.0
+_MOST_BEAMS: Final = 64
+_LEAST_TAU: Final = 1e-6
+_LARGEST_TAU: Final = 1e6
+_OF_EBSS: Final = ("beams", "tau")
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Quantizer:
             affinity-guided quantization, arXiv 2505.03804).
         balanced: GPTQ: the windows used are those that together use a layer's experts most
             evenly, not a random draw (after MoEQuant's expert-balanced sampling).
+        ebss: GPTQ: the model writes the text itself (MoEQuant's expert-balanced self-sampling;
+            see :mod:`dmpq.ebss`): as many tokens as asked for, or as the profile has.
+        beams: With ``ebss``: prefixes kept while a window is written, MoEQuant's w.
+        tau: With ``ebss``: larger values weigh balance less beside likelihood.
         damping: GPTQ: share of the Hessian's mean diagonal that is added to its diagonal.
     """
 
@@ -41,6 +51,9 @@ class Quantizer:
     tokens: int | None = None
     affinity: bool = False
     balanced: bool = False
+    ebss: bool = False
+    beams: int = DEFAULT_BEAMS
+    tau: float = DEFAULT_TAU
     damping: float = DEFAULT_DAMPING
 
     def __post_init__(self) -> None:
@@ -51,8 +64,8 @@ class Quantizer:
                 f"The quantizer {self.name!r} takes no compensator (rank {self.rank}); add it to "
                 "rtn or hqq, as in hqq+lr8."
             )
-        options = (self.tokens, self.affinity, self.balanced, self.damping)
-        if not self.calibrated and options != (None, False, False, DEFAULT_DAMPING):
+        given = [o.name for o in fields(self)[2:] if getattr(self, o.name) != o.default]
+        if not self.calibrated and given:
             raise InputError(
                 f"The quantizer {self.name!r} is not calibrated and takes no options; give them "
                 "to gptq, as in gptq,affinity."
@@ -61,6 +74,16 @@ class Quantizer:
             raise InputError(
                 "Balanced calibration chooses among windows of text, but the number of tokens is "
                 "not given; write it, as in gptq,tokens=4096,balanced."
+            )
+        if self.balanced and self.ebss:
+            raise InputError(
+                "Balanced calibration chooses among windows of given text, and with ebss the "
+                "model writes its own; give one of the two."
+            )
+        if not self.ebss and (lone := [name for name in given if name in _OF_EBSS]):
+            raise InputError(
+                f"The quantizer's option {lone[0]!r} is of the text that a model writes; give "
+                f"ebss too, as in gptq,ebss,{lone[0]}={getattr(self, lone[0])!r}."
             )
 
     @property
@@ -79,7 +102,7 @@ class Quantizer:
 
         Args:
             text: ``NAME``, ``NAME+lrRANK``, or ``gptq`` with options after commas: ``tokens=N``,
-                ``affinity``, ``balanced`` and ``damping=SHARE``.
+                ``affinity``, ``balanced``, ``ebss``, ``beams=W``, ``tau=T`` and ``damping=SHARE``.
 
         Raises:
             InputError: If a name, an option or a value is none.
@@ -117,6 +140,9 @@ class Quantizer:
             *([] if self.tokens is None else [f"tokens={self.tokens}"]),
             *(["affinity"] if self.affinity else []),
             *(["balanced"] if self.balanced else []),
+            *(["ebss"] if self.ebss else []),
+            *([] if self.beams == DEFAULT_BEAMS else [f"beams={self.beams}"]),
+            *([] if self.tau == DEFAULT_TAU else [f"tau={self.tau!r}"]),
             *([] if self.damping == DEFAULT_DAMPING else [f"damping={self.damping!r}"]),
         ]
         return ",".join([self.name + (f"+{_RANK}{self.rank}" if self.rank else ""), *options])
@@ -136,19 +162,31 @@ def _flag(option: str, value: str | None) -> bool:
 
 
 def _tokens(option: str, value: str | None) -> int:
-    if value is None or not _is_whole(value) or int(value) < 1:
+    tokens = _whole(value)
+    if tokens < 1:
         raise InputError(
             f"The quantizer's option {option!r} is {value!r}; give a number of tokens, as in "
             f"gptq,{option}=4096."
         )
-    return int(value)
+    return tokens
+
+
+def _beams(option: str, value: str | None) -> int:
+    beams = _whole(value)
+    if not 1 <= beams <= _MOST_BEAMS:
+        raise InputError(
+            f"The quantizer's option {option!r} is {value!r}; give a number from 1 to "
+            f"{_MOST_BEAMS}, as in gptq,ebss,{option}={DEFAULT_BEAMS}."
+        )
+    return beams
+
+
+def _whole(value: str | None) -> int:
+    return int(value) if value is not None and _is_whole(value) else 0
 
 
 def _damping(option: str, value: str | None) -> float:
-    try:
-        share = float(value or "")
-    except ValueError:
-        share = math.nan
+    share = _number(value)
     if not 0 < share <= _LARGEST_DAMPING:
         raise InputError(
             f"The quantizer's option {option!r} is {value!r}; give a share above 0, and not above "
@@ -157,9 +195,29 @@ def _damping(option: str, value: str | None) -> float:
     return share
 
 
+def _tau(option: str, value: str | None) -> float:
+    tau = _number(value)
+    if not _LEAST_TAU <= tau <= _LARGEST_TAU:
+        raise InputError(
+            f"The quantizer's option {option!r} is {value!r}; give a number from {_LEAST_TAU:g} "
+            f"to {_LARGEST_TAU:g}, as in gptq,ebss,{option}={DEFAULT_TAU}."
+        )
+    return tau
+
+
+def _number(value: str | None) -> float:
+    try:
+        return float(value or "")
+    except ValueError:
+        return math.nan
+
+
 _OPTIONS: Final[dict[str, Callable[[str, str | None], Any]]] = {
     "tokens": _tokens,
     "affinity": _flag,
     "balanced": _flag,
+    "ebss": _flag,
+    "beams": _beams,
+    "tau": _tau,
     "damping": _damping,
 }

@@ -48,8 +48,8 @@ class Session:
         config: What to do.
         journal: Where evaluations are kept; ``None`` for memory only. May be set later.
         progress: Called with a stage's name, steps done, and all steps.
-        calibration: Text that GPTQ is calibrated by, as an earlier map tells it; ``None`` for the
-            profile's text.
+        calibration: Text that GPTQ is calibrated by, as an earlier map or session tells it;
+            ``None`` for text of this session's own.
     """
 
     config: SearchConfig
@@ -204,20 +204,25 @@ class Session:
                 f"--sequence-length {length} does not suit {c.model}; give 2 to {limit}."
             )
         saved = None if c.profile is None else self._saved_profile
+        draws = self._calibrates_itself and not self.menu.method.ebss
         tokens = TokenRequest(
             c.profile_tokens if saved is None else 0,
             c.search_tokens,
             c.selection_tokens,
             c.heldout_tokens,
             c.further_tokens,
+            c.profile_tokens if draws else 0,
         )
+        drawn = None if saved is None else saved.drawn
+        told = self.calibration if saved is None else saved.calibration
+        taken = (drawn, None if told is None else told.draw)
         splits = load_splits(
             c.dataset,
             tokenizer,
             length=length,
             tokens=tokens,
             seed=c.seed,
-            taken=None if saved is None else saved.drawn,
+            taken=[draw for draw in taken if draw is not None],
         )
         roles = (
             splits.profile,
@@ -241,11 +246,9 @@ class Session:
         Args:
             options: Fields of the configuration, as ``profile_tokens``.
         """
-        other = Session(replace(self.config, **options), self.journal, self.progress)
-        # All three are cached properties.
-        other.__dict__.update(
-            _loaded=self._loaded, bank=self.bank, calibrated_by=self.calibrated_by
-        )
+        config = replace(self.config, **options)
+        other = Session(config, self.journal, self.progress, self.calibrated_by)
+        other.__dict__.update(_loaded=self._loaded, bank=self.bank)  # cached properties
         return other
 
     def notes(self) -> tuple[str, ...]:
@@ -262,8 +265,10 @@ class Session:
         own: tuple[str, ...] = (estimated,) if self.config.signal == "gradient" else ()
         if own and self.menu.pruned.any():
             own = (estimated, pruned)
-        if self.menu.method.calibrated and self.bank.calibration is not None:
-            own = (*own, *self.bank.calibration.notes(), calibrated)
+        if self.bank.calibration is not None:
+            own = (*own, *self.bank.calibration.notes())
+            if self.calibrated_by == self._profiled_text:
+                own = (*own, calibrated)
         if self.config.profile is None:
             return own
         drawn = self._saved_profile.drawn
@@ -290,39 +295,77 @@ class Session:
 
     @cached_property
     def calibrated_by(self) -> CalibrationText | None:
-        """What GPTQ is calibrated by: the profile's text; ``None`` for other quantizers."""
-        from dmpq.data import CalibrationText
-
-        c = self.config
+        """What GPTQ is calibrated by, text that no other role has; ``None`` without GPTQ."""
         if not self.menu.method.calibrated or self.calibration is not None:
             return self.calibration
-        if c.profile is None:
-            return CalibrationText(c.dataset, self.splits.drawn)
-        drawn = self._saved_profile.drawn
-        if drawn is None:
+        if self.config.profile is None:
+            return self._own_calibration[1]
+        found = self._saved_profile.calibration or self._profiled_text
+        if found is None:
             raise InputError(
-                f"The profile {c.profile} does not say what text it was measured on, and gptq is "
-                "calibrated by that; measure it again by leaving --profile out."
+                f"The profile {self.config.profile} does not say what text it was measured on, "
+                "and gptq is calibrated by that; measure it again by leaving --profile out."
             )
-        return CalibrationText(c.dataset, drawn)
+        return found
+
+    @property
+    def _profiled_text(self) -> CalibrationText | None:
+        """What a saved profile was measured on, which calibrated GPTQ too in earlier versions."""
+        from dmpq.data import CalibrationText
+
+        drawn = None if self.config.profile is None else self._saved_profile.drawn
+        return None if drawn is None else CalibrationText(self.config.dataset, drawn)
+
+    @property
+    def _calibrates_itself(self) -> bool:
+        told = self.calibration is not None or self.config.profile is not None
+        return self.menu.method.calibrated and not told
+
+    @cached_property
+    def _own_calibration(self) -> tuple[Windows, CalibrationText]:
+        """Text that is drawn or written here, and what is told of it."""
+        from dmpq.data import CalibrationText
+        from dmpq.ebss import written
+
+        splits, method = self.text, self.menu.method
+        if method.ebss:
+            return written(
+                self.moe,
+                self._start_tokens,
+                method,
+                length=splits.heldout.shape[1],
+                progress=lambda done, total: self.progress("writing text", done, total),
+            )
+        assert splits.calibration is not None
+        assert splits.calibrating is not None
+        return splits.calibration, CalibrationText(self.config.dataset, splits.calibrating)
+
+    @property
+    def _start_tokens(self) -> tuple[int, ...]:
+        """What the windows start with that the model writes, as many as the profile has."""
+        from dmpq.ebss import start_tokens
+
+        return start_tokens(
+            *self._loaded,
+            tokens=self.menu.method.tokens or self.config.profile_tokens,
+            length=self.text.heldout.shape[1],
+            seed=self.config.seed,
+        )
 
     def _calibration_windows(self) -> Windows | None:
         """Return the windows of :attr:`calibrated_by`."""
-        import numpy as np
+        from dmpq.calibration import calibrating_windows
 
-        from dmpq.data import redrawn
-
-        text, tokenizer = self.calibrated_by, self._loaded[1]
-        if text is None:
+        if self._calibrates_itself:
+            return self._own_calibration[0]
+        if self.calibrated_by is None:
             return None
-        own = self.calibration is None and self.config.profile is None
-        windows = self.splits.profile if own else redrawn(text.dataset, tokenizer, text.draw)
-        if not isinstance(windows, np.ndarray):
-            raise InputError(
-                f"The quantizer {self.menu.quantizer!r} is calibrated by text, and --task "
-                f"{self.config.task} gives examples; quantize by rtn or hqq."
-            )
-        return windows
+        return calibrating_windows(
+            self.calibrated_by,
+            *self._loaded,
+            self.menu.method,
+            progress=lambda done, total: self.progress("writing text", done, total),
+        )
 
     def evaluator(self, split: str) -> ModelEvaluator:
         """Return the evaluator on one role's text: profile, search, selection or heldout."""
@@ -371,6 +414,7 @@ class Session:
             self.evaluator("profile"),
             text=self.splits.source,
             drawn=self.splits.drawn,
+            calibrated_by=self.calibrated_by,
             projections=self.config.serve == "projection",
             signal=self.config.profile_signal,  # type: ignore[arg-type]
             progress=lambda done, total: self.progress("profiling", done, total),
@@ -453,6 +497,11 @@ class Session:
         """
         c = self.config
         check_numbers(c)
+        if self.menu.method.calibrated and c.task is not None:
+            raise InputError(
+                f"The quantizer {self.menu.quantizer!r} is calibrated by text, and --task "
+                f"{c.task} gives examples; quantize by rtn or hqq."
+            )
         _ = self.weights, self.hardware, self.menu, self.workload, self.constraints
         if c.geometry != "own":
             load_geometry(c.geometry)
@@ -460,7 +509,11 @@ class Session:
             self.problem(empty_profile(self.moe.spec, self.menu, tokens=self.workload.tokens))
         else:
             self.problem(self._saved_profile)
-        _ = self.splits, self.calibrated_by
+        _ = self.splits
+        if self._calibrates_itself and self.menu.method.ebss:
+            _ = self._start_tokens  # the text itself is written when the bank is filled
+        else:
+            _ = self.calibrated_by
 
 
 _SIGNALS: Final = {"sensitivity": "evaluations", "gradient": "gradients"}

@@ -128,6 +128,7 @@ def streamed_profile(
         proxy=sums.proxy / sums.tokens,
         uniform_kl=found.uniform_kl,
         drawn=drawn,
+        calibration=None,
         signal="gradient",
         **dict(zip(STATISTICS, statistics.T, strict=True)),
         **router_norms(source.moe, [_router(source, one) for one in source.moe.containers]),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from dmpq.data import Draw, TokenRequest, evenly, load_splits
+from dmpq.data import Draw, TokenRequest, evenly, load_splits, redrawn
 from dmpq.embedded import side_documents
 from dmpq.errors import InputError
 from dmpq.moe import reference_path
@@ -186,13 +186,35 @@ def test_what_was_drawn_from_a_text_is_not_drawn_from_it_again(tmp_path, tokeniz
     path.write_text(" ".join(map(str, range(2000))))
     options = {"length": 64, "tokens": SMALL, "seed": 0}
     first = load_splits(str(path), tokenizer, **options)
-    fresh = load_splits(str(path), tokenizer, **options, taken=first.drawn)
+    fresh = load_splits(str(path), tokenizer, **options, taken=(first.drawn,))
     assert not rows(first.profile) & (rows(fresh.profile) | rows(fresh.search))
     elsewhere = dataclasses.replace(first.drawn, stream="elsewhere")
-    same = load_splits(str(path), tokenizer, **options, taken=elsewhere)
+    same = load_splits(str(path), tokenizer, **options, taken=(elsewhere,))
     np.testing.assert_array_equal(same.profile, first.profile)
 
 
 def test_a_hub_name_without_network_is_refused(tokenizer):
     with pytest.raises(InputError, match="hub has not delivered"):
         load_splits("nobody/nothing", tokenizer, length=64, tokens=SMALL, seed=0)
+
+
+def test_what_calibrates_is_apart_from_all_roles_and_moves_only_the_further_text(tokenizer):
+    def cut(calibration):
+        tokens = dataclasses.replace(SMALL, further=640, calibration=calibration)
+        return load_splits("embedded", tokenizer, length=64, tokens=tokens, seed=3)
+
+    without, splits = cut(0), cut(200)
+    assert without.calibration is None
+    assert splits.calibration.shape == (4, 64)
+    assert (redrawn("embedded", tokenizer, splits.calibrating) == splits.calibration).all()
+    for role in ("profile", "search", "selection", "further", "heldout"):
+        windows = getattr(splits, role)
+        assert not set(map(tuple, splits.calibration)) & set(map(tuple, windows))
+        assert role == "further" or (windows == getattr(without, role)).all()
+
+
+def test_text_too_short_for_what_calibrates_is_refused(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("word " * 2000)
+    tokens = TokenRequest(profile=64, search=0, selection=0, heldout=64, calibration=10**6)
+    with pytest.raises(InputError, match="calibration part gives"):
+        load_splits(str(tmp_path), tokenizer, length=64, tokens=tokens, seed=0)

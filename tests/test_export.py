@@ -66,6 +66,13 @@ def test_gptqmodel_gives_every_module_the_map_s_width(make):
     assert config["sym"] is True
 
 
+def test_gptqmodel_s_patterns_do_not_skip_experts_by_their_names_within_a_layer():
+    # It first asks which modules of a layer to look at (7.7.0, filter_not_quantize_module).
+    config = document("gptqmodel", split_map())
+    assert gptq_bits(config, "mlp.experts.3.gate_proj") == config["bits"]
+    assert gptq_bits(config, "self_attn.q_proj") == 16
+
+
 def test_gptqmodel_s_patterns_of_a_layer_answer_vllm_s_fused_name():
     config = document("gptqmodel", by_layer(sides=((1, 1), (2, 2))))
     assert [gptq_bits(config, MLP.format(layer)) for layer in (0, 1)] == [3, 4]

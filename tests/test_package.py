@@ -74,6 +74,7 @@ FLOORS = [
     {"adapters"},
     {"families"},
     {"quantization", "moe", "data", "replay", "pruning"},
+    {"ebss"},
     {"batches", "calibration"},
     {"bank", "checkpoint", "packed", "exporters"},
     {"hf"},

@@ -7,7 +7,7 @@ from factories import make_profile
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from dmpq.data import Draw
+from dmpq.data import CalibrationText, Draw
 from dmpq.errors import InputError
 from dmpq.profile import Profile, reference_profile
 
@@ -85,9 +85,12 @@ DRAWN = Draw("a" * 64, 128, (3, 5))
 
 
 def test_what_text_it_has_seen_survives_the_file(tmp_path):
-    profile = dataclasses.replace(make_profile(), drawn=DRAWN)
-    profile.save(tmp_path / "p.safetensors")
-    assert Profile.load(tmp_path / "p.safetensors").drawn == DRAWN
+    told = CalibrationText("wiki", DRAWN)
+    for calibration in (None, told):
+        profile = dataclasses.replace(make_profile(), drawn=DRAWN, calibration=calibration)
+        profile.save(tmp_path / "p.safetensors")
+        again = Profile.load(tmp_path / "p.safetensors")
+        assert (again.drawn, again.calibration) == (DRAWN, calibration)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,9 @@ def test_what_text_it_has_seen_survives_the_file(tmp_path):
         ("drawn", {"stream": "a", "length": 0, "windows": []}),
         ("drawn", {"stream": "a", "length": 8, "windows": [-1]}),
         ("drawn", {"stream": "a", "length": 8, "windows": [1e400]}),
+        ("calibration", []),
+        ("calibration", {"dataset": "a"}),
+        ("calibration", {"dataset": 3, "stream": "a", "length": 8, "windows": [1]}),
     ],
 )
 def test_a_hand_edited_header_is_refused(tmp_path, name, value):

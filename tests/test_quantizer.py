@@ -17,11 +17,20 @@ CALIBRATED = st.builds(
     balanced=st.booleans(),
     damping=st.floats(1e-6, 10),
 )
+WRITING = st.builds(
+    Quantizer,
+    name=st.just("gptq"),
+    tokens=st.none() | st.integers(1, 10**9),
+    affinity=st.booleans(),
+    ebss=st.just(True),
+    beams=st.integers(1, 64),
+    tau=st.floats(1e-6, 1e6),
+)
 PLAIN = st.builds(Quantizer, name=st.sampled_from(["rtn", "hqq"]), rank=st.integers(0, 512))
 
 
 @settings(deadline=None)
-@given(CALIBRATED | PLAIN)
+@given(CALIBRATED | WRITING | PLAIN)
 def test_what_is_written_is_read(quantizer):
     assert Quantizer.parse(str(quantizer)) == quantizer
 
@@ -35,6 +44,7 @@ def test_one_quantizer_has_one_spelling():
 def test_names_of_before_are_written_as_before():
     assert [str(Quantizer.parse(name)) for name in ("rtn", "hqq")] == ["rtn", "hqq"]
     assert repr(Menu.parse("2")).endswith("quantizer='hqq', symmetric=False)")
+    assert str(Quantizer.parse("gptq,ebss,beams=4,tau=1.2")) == "gptq,ebss"
     assert SearchConfig().digest() == "0c5ddf7895ca"
 
 
@@ -56,6 +66,15 @@ def test_names_of_before_are_written_as_before():
         ("gptq,tokens=-4", "'tokens' is '-4'"),
         ("gptq,tokens=4,tokens=5", "given twice"),
         ("gptq,balanced", "as in gptq,tokens=4096,balanced"),
+        ("gptq,tokens=64,balanced,ebss", "give one of the two"),
+        ("gptq,tau=0.1", "give ebss too, as in gptq,ebss,tau=0.1"),
+        ("gptq,beams=2", "give ebss too, as in gptq,ebss,beams=2"),
+        ("hqq,ebss", "'hqq' is not calibrated"),
+        ("gptq,ebss=4", "takes no value"),
+        ("gptq,ebss,beams=0", "'beams' is '0'; give a number from 1 to 64"),
+        ("gptq,ebss,beams=65", "'beams' is '65'"),
+        ("gptq,ebss,tau=0", "'tau' is '0'"),
+        ("gptq,ebss,tau=inf", "'tau' is 'inf'"),
         ("gptq,damping=0", "'damping' is '0'"),
         ("gptq,damping=nan", "'damping' is 'nan'"),
         ("gptq,damping", "'damping' is None"),

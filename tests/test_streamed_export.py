@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import build
 from exports import bitmap_of
+from families import build_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -52,6 +53,22 @@ def contents(folder):
 def test_a_dequantized_one_is_the_loaded_model_s_to_the_byte(family, saved, tmp_path):
     moe, tokenizer, bitmap = a_map(saved(family), Menu.parse("2g16,3g8,16"))
     StreamedExport(bitmap, Checkpoint(str(saved(family)))).write(tmp_path / "streamed")
+    write_dequantized(bitmap, moe, tokenizer, tmp_path / "whole")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["dbrx", "llama4_text", "nllb-moe", "switch_transformers"])
+def test_experts_apart_are_written_whole_or_refused_by_name(family, tmp_path):
+    build_tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(reference_path()).save_pretrained(tmp_path / "model")
+    moe, tokenizer, bitmap = a_map(tmp_path / "model", Menu.parse("2g8,16"))
+    streamed = StreamedExport(bitmap, Checkpoint(str(tmp_path / "model")))
+    if family != "llama4_text":  # whose experts stand in one tensor, as the interface has them
+        with pytest.raises(InputError, match="written expert by expert; leave --max-mem"):
+            streamed.write(tmp_path / "streamed")
+        assert not (tmp_path / "streamed").exists()
+        return
+    streamed.write(tmp_path / "streamed")
     write_dequantized(bitmap, moe, tokenizer, tmp_path / "whole")
     assert contents(tmp_path / "streamed") == contents(tmp_path / "whole")
 

@@ -2,8 +2,10 @@
 
 Patterns are matched from the start (``pcre.match``) against un-fused module names; ``-:`` skips,
 and negative patterns are tried first (GPTQModel 7.7.0, quantization/config.py,
-``dynamic_get``). Where a layer has one format, its pattern also matches the fused name by which
-vLLM asks (``...experts``, vLLM auto_gptq.py).
+``dynamic_get``). Before full names it is asked by names within a layer
+(``mlp.experts.3.up_proj``; models/base.py, ``filter_not_quantize_module``), and what is skipped
+there is skipped in every layer. Where a layer has one format, its pattern also matches the fused
+name by which vLLM asks (``...experts``, vLLM auto_gptq.py).
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from dmpq.exporters.plan import LayerPlan, Plan, leaves_of
 
 def _configuration(plan: Plan) -> dict[str, Any]:
     bits, group = plan.commonest
-    containers = "|".join(re.escape(layer.names.path) for layer in plan.layers)
+    paths = [layer.names.path for layer in plan.layers]
+    inside = dict.fromkeys(re.split(r"\.\d+\.", path)[-1] for path in paths)
+    containers = "|".join(map(re.escape, dict.fromkeys([*paths, *inside])))
     dynamic: dict[str, dict[str, Any]] = {f"-:^(?!({containers})(\\.|$))": {}}
     positive: dict[str, dict[str, Any]] = {}
     for layer in plan.layers:

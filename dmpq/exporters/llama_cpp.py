@@ -2,7 +2,8 @@
 
 Names are searched for by regular expression in lower case (llama.cpp src/llama-quant.cpp); the
 experts of a layer are one tensor each for gate, up and down (``blk.N.ffn_gate_exps.weight``).
-Types hold their own scales: ``q4_k`` has 4.5 bits per weight. Read, not run.
+Types hold their own scales: ``q4_k`` has 4.5 bits per weight. Names and types are those of the
+package gguf 0.19.0 (tests/test_export_gguf.py); the command itself was read, not run.
 """
 
 from __future__ import annotations

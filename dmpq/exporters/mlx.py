@@ -1,7 +1,8 @@
 """MLX-LM: the ``quantization`` of config.json, with an entry per layer and matrix.
 
 Experts are one ``switch_mlp`` module per matrix, where the checkpoint on disk has its experts
-(mlx-lm mlx_lm/models/mixtral.py, ``sanitize``; utils.py, ``class_predicate``). Read, not run.
+(mlx-lm mlx_lm/models/mixtral.py, ``sanitize``; utils.py, ``class_predicate``). Run by mlx-lm
+0.32.2 on OLMoE and Mixtral (tests/test_export_tools.py).
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ from dmpq.agents.loss_fit import LossFit, fitted
 from dmpq.agents.neighbours import neighbours
 from dmpq.agents.programs import layer_of_decision
 from dmpq.errors import InputError
-from dmpq.local_search import descended
 from dmpq.objective import reward_terms
 from dmpq.problem import Problem
+from dmpq.solvers.local_search import descended
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

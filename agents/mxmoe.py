@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from dmpq.agents.additive import AdditiveAgent
 from dmpq.agents.programs import solve_by_layer, within_limits
 from dmpq.errors import InputError, unknown
-from dmpq.knapsack import solve_mckp
 from dmpq.problem import Problem
+from dmpq.solvers.knapsack import solve_mckp
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

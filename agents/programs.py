@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
-from dmpq.knapsack import solve_mip
 from dmpq.problem import Problem
+from dmpq.solvers.knapsack import solve_mip
 
 if TYPE_CHECKING:
     from dmpq.model_evaluator import ModelEvaluator

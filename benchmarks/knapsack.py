@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.formats import Menu
-from dmpq.knapsack import Mckp, solve_mckp, solve_mip
+from dmpq.solvers.knapsack import Mckp, solve_mckp, solve_mip
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

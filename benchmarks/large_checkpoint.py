@@ -22,13 +22,13 @@ import torch
 from transformers import AutoConfig
 
 from dmpq.bitmap import BitMap, assignment_from
-from dmpq.checkpoint import INDEX, Checkpoint
+from dmpq.checkpoints.checkpoint import INDEX, Checkpoint
+from dmpq.checkpoints.tensor_files import TensorFileWriter, TensorInfo
 from dmpq.formats import Menu
-from dmpq.tensor_files import TensorFileWriter, TensorInfo
 
 HERE = Path(__file__).parent
 _IMPORTS = (
-    "import dmpq.hf, dmpq.apply, dmpq.quantized_checkpoint, dmpq.streamed_profile; "
+    "import dmpq.hf, dmpq.apply, dmpq.checkpoints.quantized, dmpq.checkpoints.streamed_profile; "
     "import dmpq.console; dmpq.console.quiet_libraries()"
 )
 
@@ -71,7 +71,7 @@ def main() -> int:
 
 def profile(model: str, tokens: int, limit: float) -> None:
     """Take a profile of random tokens, in windows of 128, within a limit of bytes."""
-    from dmpq.streamed_profile import batch_tokens, streamed_profile
+    from dmpq.checkpoints.streamed_profile import batch_tokens, streamed_profile
 
     torch.set_num_threads(1)
     files = sorted(Path(model).glob("*.safetensors"))

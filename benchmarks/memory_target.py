@@ -23,14 +23,14 @@ import torch
 from numpy.typing import NDArray
 
 from dmpq.bitmap import BitMap, assignment_from
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.quantized import QuantizedCheckpoint
 from dmpq.config import SearchConfig
 from dmpq.console import quiet_libraries
 from dmpq.formats import Menu
 from dmpq.guard import make_agent
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.provenance import bitmap_of
-from dmpq.quantized_checkpoint import QuantizedCheckpoint
 from dmpq.session import Session
 from dmpq.spec import ModelSpec
 

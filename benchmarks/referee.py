@@ -23,8 +23,8 @@ import pandas as pd
 from dmpq.compare import compare
 from dmpq.config import SearchConfig
 from dmpq.console import plain_console, quiet_libraries
-from dmpq.contest import Contest
-from dmpq.referee import Plan
+from dmpq.referee.contest import Contest
+from dmpq.referee.referee import Plan
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "referee"

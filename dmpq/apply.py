@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from dmpq.bitmap import BitMap
-    from dmpq.checkpoint import Checkpoint
-    from dmpq.quantized_checkpoint import QuantizedCheckpoint
+    from dmpq.checkpoints.checkpoint import Checkpoint
+    from dmpq.checkpoints.quantized import QuantizedCheckpoint
 
 _GIGABYTE: Final = 1e9
 _LARGEST_SHARD: Final = 5_000_000_000
@@ -111,7 +111,7 @@ def _applied(arguments: argparse.Namespace) -> int:
     if arguments.out.exists():
         raise InputError(f"{arguments.out} exists already; remove it, or give another --out.")
     quiet_libraries()
-    from dmpq.checkpoint import Checkpoint
+    from dmpq.checkpoints.checkpoint import Checkpoint
     from dmpq.checks import prepare
 
     prepare(SearchConfig(threads=arguments.threads))
@@ -154,8 +154,8 @@ def apply(
     Raises:
         InputError: If the map is of other weights, or a limit cannot be kept.
     """
-    from dmpq.model_card import model_card
-    from dmpq.quantized_checkpoint import QuantizedCheckpoint
+    from dmpq.checkpoints.model_card import model_card
+    from dmpq.checkpoints.quantized import QuantizedCheckpoint
 
     console = plain_console()
     calibrated = bitmap.menu.method.calibrated
@@ -208,7 +208,7 @@ def calibration_factors(
         source: The checkpoint; the model is loaded to read the text, or to write it first.
 
     Returns:
-        What :attr:`dmpq.quantized_checkpoint.QuantizedCheckpoint.factors` takes.
+        What :attr:`dmpq.checkpoints.quantized.QuantizedCheckpoint.factors` takes.
 
     Raises:
         InputError: If the text is another by now, or cannot be read.
@@ -253,7 +253,7 @@ def bf16_bytes(source: Checkpoint) -> int:
 
 def _measured(source: Checkpoint, uniform: QuantizedCheckpoint, folder: Path) -> dict[str, int]:
     """Return what each takes in memory once loaded, bytes."""
-    from dmpq.memory_probe import resident_bytes
+    from dmpq.checkpoints.memory_probe import resident_bytes
 
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as scratch:
         uniform.write(Path(scratch) / "uniform8", card="", check=False)

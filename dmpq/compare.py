@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 
 from dmpq.config import TASK_OPTIONS, add_options, from_arguments
 from dmpq.console import CommandParser, exit_code, plain_console, quiet_libraries
-from dmpq.contest import Contest
 from dmpq.errors import InputError
 from dmpq.files import replace_atomically
-from dmpq.referee import KEPT, Group, Outcome, Plan, entrants, read_outcomes, run_group
+from dmpq.referee.contest import Contest
+from dmpq.referee.referee import KEPT, Group, Outcome, Plan, entrants, read_outcomes, run_group
 from dmpq.run_folder import claim, only_run_in
 
 if TYPE_CHECKING:
@@ -196,9 +196,9 @@ def _show(outcomes: list[Outcome], folder: Path, console: Console) -> None:
     """Write the standings in every form, and print them."""
     import pandas as pd
 
-    from dmpq import compare_report
+    from dmpq.referee import report as compare_report
+    from dmpq.referee.standings import frame, standings
     from dmpq.report import save_figure
-    from dmpq.standings import frame, standings
 
     if not outcomes:
         raise InputError(f"{folder} holds no outcome yet; run the comparison without --read.")

@@ -22,13 +22,13 @@ from dmpq.console import (
     progress_bars,
     quiet_libraries,
 )
-from dmpq.engines import NAMES, engine_named, rules_page
+from dmpq.engines.rules import NAMES, engine_named, rules_page
 from dmpq.errors import InputError, unknown
 from dmpq.files import replace_atomically
 
 if TYPE_CHECKING:
     from dmpq.bitmap import BitMap
-    from dmpq.engines import Engine
+    from dmpq.engines.rules import Engine
 
 DEQUANTIZED: Final = "dequantized"
 _CONTAINER: Final = "compressed-tensors"
@@ -112,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     engine = None if arguments.check is None else engine_named(arguments.check)
     bitmap = BitMap.read(arguments.bitmap)
     quiet_libraries()
-    from dmpq.preflight import refuse_compensators
+    from dmpq.engines.preflight import refuse_compensators
 
     if arguments.to != DEQUANTIZED:
         refuse_compensators(bitmap.menu, arguments.to if engine is None else engine.name)
@@ -166,7 +166,7 @@ def _export(bitmap: BitMap, arguments: argparse.Namespace) -> int:
 
 
 def _refuse_broken(engine: Engine, bitmap: BitMap) -> None:
-    from dmpq.preflight import broken_rules
+    from dmpq.engines.preflight import broken_rules
 
     broken = broken_rules(engine, bitmap)
     if broken:
@@ -207,7 +207,7 @@ def _stream_checkpoint(
     bitmap: BitMap, model: str, revision: str | None, arguments: argparse.Namespace
 ) -> None:
     """Write a checkpoint expert by expert, within a limit of memory."""
-    from dmpq.checkpoint import Checkpoint
+    from dmpq.checkpoints.checkpoint import Checkpoint
     from dmpq.exporters.container import ContainerPacking
     from dmpq.exporters.plan import Plan
     from dmpq.exporters.streamed import StreamedExport
@@ -231,7 +231,7 @@ def _say_written(arguments: argparse.Namespace) -> None:
 
 
 def _check(engine: Engine, bitmap: BitMap, arguments: argparse.Namespace) -> int:
-    from dmpq.preflight import Layout, NothingLoadable, broken_rules, nearest_loadable
+    from dmpq.engines.preflight import Layout, NothingLoadable, broken_rules, nearest_loadable
     from dmpq.profile import Profile
 
     console = plain_console()
@@ -277,7 +277,7 @@ def _formats(bitmap: BitMap) -> str:
     """Return how many experts' matrices have which format, as ``40 at 2, 24 at 4 bits``."""
     import numpy as np
 
-    from dmpq.preflight import Layout
+    from dmpq.engines.preflight import Layout
 
     layout = Layout.of(bitmap)
     counts = np.bincount(layout.pairs.ravel(), minlength=len(bitmap.menu)) / 2

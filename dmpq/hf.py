@@ -1,9 +1,9 @@
 """``import dmpq.hf``: transformers loads quantized checkpoints that ``dmpq.apply`` wrote.
 
 After the import, ``AutoModelForCausalLM.from_pretrained(DIR)`` builds the ordinary model with its
-experts packed (:mod:`dmpq.packed`), and ``generate``, ``save_pretrained`` and device maps work as
-they do elsewhere. Without it such a folder does not load: a tensor in it has a shape that no
-model has.
+experts packed (:mod:`dmpq.checkpoints.packed`), and ``generate``, ``save_pretrained`` and device
+maps work as they do elsewhere. Without it such a folder does not load: a tensor in it has a shape
+that no model has.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dmpq.adapters.stacked import StackedExperts
 from dmpq.bitmap import PROJECTIONS, LayerAssignment
-from dmpq.checkpoint import grouped
+from dmpq.checkpoints.checkpoint import grouped
+from dmpq.checkpoints.packed import CHILD, PackedExperts, PackedLayer
+from dmpq.checkpoints.tensor_files import TensorFile, TensorInfo
 from dmpq.errors import InputError, first_line, unknown
 from dmpq.experts import Experts
 from dmpq.families import find_containers
 from dmpq.formats import Format, Menu
-from dmpq.packed import CHILD, PackedExperts, PackedLayer
 from dmpq.spec import MoELayer
-from dmpq.tensor_files import TensorFile, TensorInfo
 
 METHOD: Final = "dmpq"
 VERSION: Final = 1

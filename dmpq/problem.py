@@ -17,8 +17,10 @@ from dmpq.evaluation import Evaluator, EvaluatorField, SurrogateEvaluator
 from dmpq.formats import Menu
 from dmpq.hw_models import Cost, HardwareModel, Workload
 from dmpq.hw_models.bounds import Bounded
-from dmpq.launches import launches_of
-from dmpq.limits import (
+from dmpq.objective import Baselines, Constraints, Weights, reward_terms
+from dmpq.profile import Profile
+from dmpq.solvers.launches import launches_of
+from dmpq.solvers.limits import (
     BITS_PER_BYTE,
     NOT_ADDITIVE,
     Words,
@@ -29,10 +31,8 @@ from dmpq.limits import (
     with_device_memory,
     within,
 )
-from dmpq.objective import Baselines, Constraints, Weights, reward_terms
-from dmpq.profile import Profile
-from dmpq.projection import Projection
-from dmpq.relaxation import Relaxation
+from dmpq.solvers.projection import Projection
+from dmpq.solvers.relaxation import Relaxation
 from dmpq.spec import ModelSpec
 
 _BASELINE_WIDTH: Final = 8
@@ -74,7 +74,7 @@ class Problem:
 
     Experts that calibration never hit have sensitivities of exactly 0. They get the narrowest
     format that is stored, unless budget is left that nothing else can use and the reward does not
-    fall: then they are widened in turn. On being pruned see :mod:`dmpq.projection`.
+    fall: then they are widened in turn. On being pruned see :mod:`dmpq.solvers.projection`.
 
     Attributes:
         profile: The experts' statistics; its menu is the problem's.
@@ -366,14 +366,14 @@ class Problem:
         """Return the best map of the linearised objective, (D,): that of zero log-importances.
 
         Exact for limits on bits and memory, but where latency or energy is weighed and a map of
-        fewer launches is better (:mod:`dmpq.launches`): then that.
+        fewer launches is better (:mod:`dmpq.solvers.launches`): then that.
         """
         return self.propose(np.zeros(self.num_decisions))
 
     def project(self, values: Floats) -> Ints:
         """Return the map of least value within every limit, (D,).
 
-        Exact for limits on bits and memory; for others see :mod:`dmpq.projection`.
+        Exact for limits on bits and memory; for others see :mod:`dmpq.solvers.projection`.
 
         Args:
             values: (D, B), what each format costs, in any unit; smaller is better.

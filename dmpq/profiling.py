@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dmpq.bank import LayerBank
+from dmpq.checkpoints.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
 from dmpq.data import CalibrationText, Draw
 from dmpq.errors import InputError
-from dmpq.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
 from dmpq.experts import run_stacked
 from dmpq.model_evaluator import ModelEvaluator, expert_share
 from dmpq.moe import MoEModel

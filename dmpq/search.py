@@ -27,7 +27,7 @@ from dmpq.console import (
     refuse,
 )
 from dmpq.embedded import differs_from_card
-from dmpq.engines import engine_named
+from dmpq.engines.rules import engine_named
 from dmpq.errors import InputError, first_line, is_out_of_memory
 from dmpq.evaluation import FAILURE_NATS
 from dmpq.files import JsonLines, replace_atomically
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dmpq.agents import Agent, Candidate, SearchResult
-    from dmpq.hardware_loop import HardwareLoop, LoopReport
+    from dmpq.hardware.loop import HardwareLoop, LoopReport
     from dmpq.hw_models import Explanation
     from dmpq.model_evaluator import ModelEvaluator
     from dmpq.problem import Problem
@@ -154,7 +154,7 @@ def search(config: SearchConfig, console: Console) -> str:
                 explainable(session.hardware)
             session.check()
             if config.engine is not None:
-                from dmpq.preflight import refuse_compensators
+                from dmpq.engines.preflight import refuse_compensators
 
                 refuse_compensators(session.menu, config.engine)
             run = _Run(session, agent, run_folder(config), console)
@@ -166,7 +166,7 @@ def search(config: SearchConfig, console: Console) -> str:
 
 def _measured_on_text(run: _Run) -> tuple[Problem, SearchResult, list[Row]]:
     """Profile, search and report: all that evaluates or times maps, with every answer kept."""
-    from dmpq.hardware_loop import HardwareLoop
+    from dmpq.hardware.loop import HardwareLoop
 
     session = run.session
     session.journal = JsonLines(run.path("journal.jsonl"))
@@ -357,8 +357,8 @@ def _rows(run: _Run, problem: Problem, result: SearchResult) -> list[Row]:
 
 def _engine_rows(run: _Run, engine: str, problem: Problem, result: SearchResult) -> list[Row]:
     """Return the row of the nearest map that an engine loads, and write it; or say why not."""
-    from dmpq.engine_row import engine_row
-    from dmpq.preflight import NothingLoadable
+    from dmpq.engines.preflight import NothingLoadable
+    from dmpq.engines.row import engine_row
 
     try:
         row, nearest = engine_row(engine, run.session, problem, result.assignment)
@@ -406,8 +406,8 @@ def _of_task(heldout: ModelEvaluator) -> TaskEvaluator:
 def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) -> str:
     """Write what the search found, draw it, and print the table."""
     from dmpq import report
-    from dmpq.limits import device_memory, usable_bytes
     from dmpq.shadow_prices import said, shadow_prices
+    from dmpq.solvers.limits import device_memory, usable_bytes
 
     config, session, row = run.config, run.session, rows[-1]
     bitmap = bitmap_of(
@@ -485,7 +485,7 @@ def _finish(run: _Run, problem: Problem, result: SearchResult, rows: list[Row]) 
     if run.measured is not None:
         run.measured.show(row.name, run.console)
     if explanation is not None:
-        from dmpq.hardware_explain import print_explanation
+        from dmpq.hardware.explain import print_explanation
 
         print_explanation(explanation, run.console, routing="measured")
     if failed:

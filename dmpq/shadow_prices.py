@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.evaluation import LossUnit
-from dmpq.limits import BITS_PER_BYTE, GIGABYTE
 from dmpq.objective import shown
 from dmpq.problem import Problem
-from dmpq.projection import Projection
+from dmpq.solvers.limits import BITS_PER_BYTE, GIGABYTE
+from dmpq.solvers.projection import Projection
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

@@ -1,7 +1,8 @@
 """``python -m dmpq.stream``: a bit map for a checkpoint that is larger than memory.
 
-Experts are profiled by gradients without loading the model (:mod:`dmpq.streamed_profile`), and the
-map is judged by what the profile predicts: nothing is measured on held-out text.
+Experts are profiled by gradients without loading the model
+(:mod:`dmpq.checkpoints.streamed_profile`), and the map is judged by what the profile predicts:
+nothing is measured on held-out text.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dmpq.quantizer import Quantizer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dmpq.checkpoint import Checkpoint
+    from dmpq.checkpoints.checkpoint import Checkpoint
     from dmpq.profile import Profile
     from dmpq.session import Session
 
@@ -134,7 +135,7 @@ def stream(
     Raises:
         InputError: If the configuration asks for what cannot be, or takes more memory.
     """
-    from dmpq.checkpoint import Checkpoint
+    from dmpq.checkpoints.checkpoint import Checkpoint
     from dmpq.checks import prepare
     from dmpq.profile import empty_profile
     from dmpq.session import Session
@@ -216,9 +217,9 @@ def _profile(
     """Return the folder's profile where it is of this search, else measure and keep one."""
     import numpy as np
 
+    from dmpq.checkpoints.streamed_profile import batch_tokens, scratch_bytes, streamed_profile
     from dmpq.files import locked
     from dmpq.profile import Profile
-    from dmpq.streamed_profile import batch_tokens, scratch_bytes, streamed_profile
 
     path, splits, progress = folder / PROFILE, session.splits, session.progress
     if path.exists():

@@ -19,13 +19,13 @@ import dmpq.hf  # noqa: F401, registers the format
 from dmpq.apply import main
 from dmpq.bank import Bank
 from dmpq.bitmap import BitMap, assignment_from
-from dmpq.checkpoint import INDEX, Checkpoint
+from dmpq.checkpoints.checkpoint import INDEX, Checkpoint
+from dmpq.checkpoints.packed import PackedExperts, PackedLayer
+from dmpq.checkpoints.quantized import QuantizedCheckpoint
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.formats import Menu
 from dmpq.moe import MoEModel, load_model, reference_path
-from dmpq.packed import PackedExperts, PackedLayer
-from dmpq.quantized_checkpoint import QuantizedCheckpoint
 from dmpq.session import Session
 from dmpq.spec import MoELayer
 

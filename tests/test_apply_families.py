@@ -13,17 +13,17 @@ from transformers import AutoTokenizer, Llama4ForConditionalGeneration
 
 from dmpq.bank import Bank
 from dmpq.calibration import Calibration
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.memory_probe import resident_bytes
+from dmpq.checkpoints.packed import PackedExperts
+from dmpq.checkpoints.quantized import QuantizedCheckpoint
+from dmpq.checkpoints.streamed_model import StreamedModel
 from dmpq.data import CalibrationText, Draw
 from dmpq.errors import InputError
 from dmpq.exporters.dequantized import write_dequantized
 from dmpq.families import auto_class
 from dmpq.formats import Menu
-from dmpq.memory_probe import resident_bytes
 from dmpq.moe import MoEModel, load_model, reference_path
-from dmpq.packed import PackedExperts
-from dmpq.quantized_checkpoint import QuantizedCheckpoint
-from dmpq.streamed_model import StreamedModel
 
 MENU = Menu.parse("2g8,3g8,8g8,16")
 TEXT = np.random.default_rng(1).integers(2, 60, (16, 32))

@@ -7,11 +7,11 @@ from test_apply import bitmap_of
 from transformers import AutoModelForCausalLM
 
 import dmpq.hf  # noqa: F401, registers the format
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.packed import PackedExperts
+from dmpq.checkpoints.quantized import QuantizedCheckpoint
 from dmpq.formats import Menu
 from dmpq.moe import MoEModel
-from dmpq.packed import PackedExperts
-from dmpq.quantized_checkpoint import QuantizedCheckpoint
 
 
 @pytest.mark.gpu

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmpq import hardware_fit
 from dmpq.console import CommandParser, plain_console
 from dmpq.errors import InputError
+from dmpq.hardware import fit as hardware_fit
 from dmpq.hw_models import calibration, load_hardware
 from dmpq.hw_models.analytical import AnalyticalModel
 from dmpq.hw_models.base import Workload

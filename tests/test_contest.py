@@ -2,9 +2,9 @@
 
 import pytest
 
-from dmpq.contest import Contest
 from dmpq.errors import InputError
 from dmpq.objective import Baselines, Constraints
+from dmpq.referee.contest import Contest
 
 BASE = Baselines(damage=1.0, latency_s=2e-3, memory_bytes=4e9, energy_j=0.5)
 

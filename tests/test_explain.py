@@ -11,7 +11,7 @@ from factories import make_problem, write_bitmap
 from dmpq.console import CommandParser, plain_console
 from dmpq.errors import InputError
 from dmpq.formats import Menu
-from dmpq.hardware_explain import add_parser
+from dmpq.hardware.explain import add_parser
 from dmpq.hw_models import (
     Explainable,
     Part,

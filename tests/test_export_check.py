@@ -7,11 +7,11 @@ from exports import bitmap_of
 from factories import make_profile, make_spec, write_bitmap
 
 from dmpq.bitmap import BitMap
-from dmpq.engines import ENGINES, GRANULARITIES, engine_named, rules_page
+from dmpq.engines.preflight import Layout, NothingLoadable, blocks, broken_rules, nearest_loadable
+from dmpq.engines.rules import ENGINES, GRANULARITIES, engine_named, rules_page
 from dmpq.errors import InputError
 from dmpq.export import main
 from dmpq.formats import Menu
-from dmpq.preflight import Layout, NothingLoadable, blocks, broken_rules, nearest_loadable
 from dmpq.profile import Profile
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -4,8 +4,8 @@ import pytest
 
 from dmpq.bitmap import BitMap
 from dmpq.config import SearchConfig
-from dmpq.engines import engine_named
-from dmpq.preflight import broken_rules
+from dmpq.engines.preflight import broken_rules
+from dmpq.engines.rules import engine_named
 from dmpq.search import main
 from dmpq.validate import main as validate
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dmpq.hardware import main
+from dmpq.hardware.__main__ import main
 from dmpq.hw_models import list_hardware
 from dmpq.hw_models.catalogue import shipped
 

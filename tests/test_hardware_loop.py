@@ -483,7 +483,7 @@ def test_nothing_here_imports_torch_before_it_measures():
     import subprocess
 
     code = (
-        "import sys, dmpq.hw_models.whole, dmpq.hw_models.corrected, dmpq.hardware_loop\n"
+        "import sys, dmpq.hw_models.whole, dmpq.hw_models.corrected, dmpq.hardware.loop\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

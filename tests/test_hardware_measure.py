@@ -5,8 +5,8 @@ import json
 import pytest
 from benches import maps_of, quick_bench
 
-from dmpq import hardware
 from dmpq.formats import Menu
+from dmpq.hardware import __main__ as hardware
 from dmpq.hw_models import Workload, load_hardware
 from dmpq.spec import load_geometry
 

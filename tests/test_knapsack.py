@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dmpq import knapsack
 from dmpq.errors import InputError
-from dmpq.knapsack import Mckp, solve_mckp, solve_mckp_multi, solve_mip
+from dmpq.solvers import knapsack
+from dmpq.solvers.knapsack import Mckp, solve_mckp, solve_mckp_multi, solve_mip
 
 
 def brute_force(values, sizes, capacities):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dmpq.envs import make_problem
-from dmpq.launches import GroupMenus
 from dmpq.objective import Constraints, Weights
+from dmpq.solvers.launches import GroupMenus
 
 FORMATS = 3
 GROUPS = np.repeat([0, 1], 3)

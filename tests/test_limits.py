@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from dmpq.envs import ExpertBitsEnv
 from dmpq.errors import InputError
 from dmpq.hw_models import Workload
-from dmpq.limits import most_within
 from dmpq.objective import Constraints, shown
+from dmpq.solvers.limits import most_within
 from dmpq.spec import load_geometry
 
 NAMES = ("avg_bits", "memory_bytes", "latency_s", "energy_j")
@@ -329,7 +329,7 @@ def test_the_least_time_is_named_as_such_where_it_is_proven(hw):
 def test_between_what_is_proven_and_what_is_found_both_are_named(monkeypatch):
     plain, _, taken = small()
     least = float(taken["latency_s"].min())
-    monkeypatch.setattr("dmpq.relaxation.Relaxation.least", lambda self, name: 0.9 * least)
+    monkeypatch.setattr("dmpq.solvers.relaxation.Relaxation.least", lambda self, name: 0.9 * least)
     with pytest.raises(InputError) as caught:
         replace(plain, constraints=Constraints(latency_s=0.95 * least))
     assert "the least time in ms that was found on" in str(caught.value)
@@ -364,7 +364,7 @@ def test_what_is_disproved_is_not_searched_for(monkeypatch):
     met = replace(plain, constraints=Constraints(latency_s=limit)).projection
     relaxation = replace(met.relaxation, priced={"latency_s": 0.9 * limit}, _known={})
     unmet = replace(met, usage=lambda maps: met.usage(maps) / 0.9, relaxation=relaxation)
-    monkeypatch.setattr("dmpq.projection.descended", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr("dmpq.solvers.projection.descended", lambda *_: pytest.fail("searched"))
     assert met.possible
     assert relaxation.impossible
     assert not met.relaxation.impossible

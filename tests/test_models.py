@@ -6,7 +6,7 @@ import pytest
 from families import FAMILIES, tiny_config
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
 from dmpq.errors import InputError
 from dmpq.installed import families
 from dmpq.models import main

@@ -14,7 +14,7 @@ from dmpq.agents.__main__ import main
 from dmpq.agents.options import options_of, read_options, shown, split
 from dmpq.errors import InputError
 from dmpq.guard import label_of, make_agent
-from dmpq.referee import entrants
+from dmpq.referee.referee import entrants
 
 if TYPE_CHECKING:
     from dmpq.profile import Profile

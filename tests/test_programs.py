@@ -15,7 +15,7 @@ from dmpq.agents.mxmoe import MxMoEAgent, least_product
 from dmpq.agents.pmq import PmqCodeAgent, PmqPaperAgent, code_values, paper_values
 from dmpq.agents.programs import by_decision, layer_of_decision, solve_layer
 from dmpq.errors import InputError
-from dmpq.knapsack import solve_mckp
+from dmpq.solvers.knapsack import solve_mckp
 from dmpq.testing.agent import AgentContract
 
 FACTORS = Path(__file__).parents[2] / "shared" / "data" / "mixtral-8x7b" / "factors.json"

@@ -11,11 +11,11 @@ from dmpq.agents import Recorder
 from dmpq.agents.base import FINALISTS
 from dmpq.compare import main
 from dmpq.config import SearchConfig
-from dmpq.contest import Contest
 from dmpq.envs import make_problem
 from dmpq.errors import InputError
 from dmpq.evaluation import Evaluations, SurrogateEvaluator
-from dmpq.referee import Group, Plan, entrants
+from dmpq.referee.contest import Contest
+from dmpq.referee.referee import Group, Plan, entrants
 
 CONFIG = SearchConfig(
     profile_tokens=256,

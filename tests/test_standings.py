@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dmpq.compare_report import curves, markdown, table
-from dmpq.referee import Outcome
-from dmpq.standings import ALL, interquartile_mean, standings
+from dmpq.referee.referee import Outcome
+from dmpq.referee.report import curves, markdown, table
+from dmpq.referee.standings import ALL, interquartile_mean, standings
 
 ONE = Outcome(
     model="m",

@@ -6,12 +6,12 @@ import torch
 from conftest import build
 
 from dmpq.bitmap import BitMap
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.streamed_profile import BATCH_TOKENS, batch_tokens, memory_needed
 from dmpq.errors import InputError
 from dmpq.profile import Profile
 from dmpq.session import Session
 from dmpq.stream import main
-from dmpq.streamed_profile import BATCH_TOKENS, batch_tokens, memory_needed
 
 SMALL = ("--profile-tokens", "512", "--threads", "1", "--heldout-tokens", "128")
 
@@ -37,7 +37,7 @@ def test_the_profile_is_kept_for_the_next_map(streamed, capsys, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the profile was there")
 
-    monkeypatch.setattr("dmpq.streamed_profile.streamed_profile", refuse)
+    monkeypatch.setattr("dmpq.checkpoints.streamed_profile.streamed_profile", refuse)
     before = (streamed / "profile.safetensors").read_bytes()
     assert main([*SMALL, "--out", str(streamed), "--avg-bits", "2.5"]) == 0
     said = capsys.readouterr().out
@@ -83,7 +83,7 @@ def unprofiled(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("profiled before the refusal")
 
-    monkeypatch.setattr("dmpq.streamed_profile.streamed_profile", refuse)
+    monkeypatch.setattr("dmpq.checkpoints.streamed_profile.streamed_profile", refuse)
     monkeypatch.setattr(Checkpoint, "fingerprint", refuse)
 
 
@@ -153,7 +153,7 @@ def test_limits_that_cannot_be_kept_are_refused(tmp_path, capsys):
 
 
 def test_a_calibrated_quantizer_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dmpq.checkpoint.Checkpoint", None)
+    monkeypatch.setattr("dmpq.checkpoints.checkpoint.Checkpoint", None)
     said = refused(capsys, *SMALL, "--out", tmp_path / "big", "--quantizer", "gptq")
     assert "needs calibration text that a loaded model reads" in said
 

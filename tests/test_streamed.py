@@ -7,7 +7,9 @@ from families import build_tiny
 from torch.nn import functional
 
 from dmpq.bank import Bank
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.streamed_model import StreamedModel
+from dmpq.checkpoints.streamed_profile import BATCH_TOKENS, streamed_profile
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.formats import Menu
@@ -15,8 +17,6 @@ from dmpq.model_evaluator import ModelEvaluator
 from dmpq.moe import MoEModel
 from dmpq.profiling import measure_profile
 from dmpq.session import Session
-from dmpq.streamed_model import StreamedModel
-from dmpq.streamed_profile import BATCH_TOKENS, streamed_profile
 
 FAMILIES = [
     "mixtral",

@@ -8,7 +8,7 @@ from families import build_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
 from dmpq.errors import InputError
 from dmpq.export import main
 from dmpq.exporters.container import ContainerPacking, write_container

@@ -7,10 +7,10 @@ import pytest
 import torch
 from families import build_tiny
 
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.streamed_profile import scratch_bytes, streamed_profile
 from dmpq.errors import InputError
 from dmpq.formats import Menu
-from dmpq.streamed_profile import scratch_bytes, streamed_profile
 
 MENU = Menu.parse("0,2g8,4g8,16")
 LOT = 32

@@ -6,8 +6,14 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 
+from dmpq.checkpoints.tensor_files import (
+    DTYPES,
+    TensorFile,
+    TensorFileWriter,
+    TensorInfo,
+    file_bytes,
+)
 from dmpq.errors import InputError
-from dmpq.tensor_files import DTYPES, TensorFile, TensorFileWriter, TensorInfo, file_bytes
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 TENSORS = st.dictionaries(

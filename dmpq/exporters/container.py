@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.bitmap import BitMap
+from dmpq.checkpoints.tensor_files import TensorInfo
 from dmpq.errors import InputError
 from dmpq.exporters.base import number_pattern
 from dmpq.exporters.compressed_tensors import quantization_config, weights
@@ -30,7 +31,6 @@ from dmpq.exporters.weights import (
     save_whole,
     to_bfloat16,
 )
-from dmpq.tensor_files import TensorInfo
 
 if TYPE_CHECKING:
     import torch

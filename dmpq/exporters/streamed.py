@@ -20,12 +20,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from dmpq.bitmap import BitMap
-from dmpq.checkpoint import INDEX, SIDES, Checkpoint
+from dmpq.checkpoints.checkpoint import INDEX, SIDES, Checkpoint
+from dmpq.checkpoints.tensor_files import TensorFileWriter, TensorInfo
 from dmpq.errors import InputError
 from dmpq.experts import Experts
 from dmpq.exporters.plan import pairs_of
 from dmpq.exporters.weights import Matrix, check_fits, quantized, save_whole, to_bfloat16
-from dmpq.tensor_files import TensorFileWriter, TensorInfo
 
 LARGEST_SHARD: Final = "50GB"
 """As ``save_pretrained`` has it."""

@@ -12,7 +12,7 @@ from factories import write_bitmap
 
 from dmpq.errors import InputError
 from dmpq.formats import Menu
-from dmpq.hardware import main
+from dmpq.hardware.__main__ import main
 from dmpq.hw_models import Workload, load_hardware
 from dmpq.hw_models.catalogue import MEASURED, list_hardware
 from dmpq.hw_models.machine import cache_folder
@@ -283,7 +283,7 @@ class TestFit:
         def denied(*_args):
             raise PermissionError(13, "Permission denied", ".out.json.a1b2c3")
 
-        monkeypatch.setattr("dmpq.hardware_files.replace_atomically", denied)
+        monkeypatch.setattr("dmpq.hardware.files.replace_atomically", denied)
         file = points(HEAD, *ROWS)
         out = file.parent / "out.json"
         assert main(["fit", str(file), "--device", "a100/mine", "--out", str(out)]) == 2

@@ -7,17 +7,17 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from dmpq import hardware_explain, hardware_fit, hardware_measure, hardware_tables
 from dmpq.console import CommandParser, exit_code, plain_console
+from dmpq.hardware import explain, fit, measure, tables
 
 AddParser = Callable[[Any], None]
 
 _COMMANDS: Final[tuple[AddParser, ...]] = (
-    hardware_tables.add_list_parser,
-    hardware_tables.add_show_parser,
-    hardware_explain.add_parser,
-    hardware_fit.add_parser,
-    hardware_measure.add_parser,
+    tables.add_list_parser,
+    tables.add_show_parser,
+    explain.add_parser,
+    fit.add_parser,
+    measure.add_parser,
 )
 """Each adds a subcommand: ``subparsers.add_parser(...)``, with ``set_defaults(run=f)``, where
 ``f(arguments, console)`` returns the exit code."""

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from dmpq.adapters.stacked import StackedExperts
-from dmpq.checkpoint import SIDES, Checkpoint
+from dmpq.checkpoints.checkpoint import SIDES, Checkpoint
 from dmpq.errors import InputError
 from dmpq.experts import Experts, run_stacked
 from dmpq.overrides import overridden

@@ -19,14 +19,14 @@ import torch
 
 from dmpq import hf
 from dmpq.bitmap import BitMap
-from dmpq.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
+from dmpq.checkpoints.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
+from dmpq.checkpoints.packed import PackedLayer, stored_parts, tensor_name
+from dmpq.checkpoints.tensor_files import TensorFileWriter, TensorInfo, file_bytes
 from dmpq.errors import InputError
 from dmpq.experts import Experts
 from dmpq.files import JsonLines, goes_on, locked, replace_atomically
 from dmpq.formats import Format
-from dmpq.packed import PackedLayer, stored_parts, tensor_name
 from dmpq.quantization import quantize
-from dmpq.tensor_files import TensorFileWriter, TensorInfo, file_bytes
 
 LARGEST_SHARD: Final = 5 * 10**9
 """Bytes, as transformers has it."""

@@ -29,11 +29,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from dmpq.checkpoints.tensor_files import TensorFile, TensorInfo
 from dmpq.errors import InputError, first_line
 from dmpq.experts import Experts
 from dmpq.families import auto_class
 from dmpq.moe import MoEModel, checkpoint_source, load_tokenizer, needs_its_code
-from dmpq.tensor_files import TensorFile, TensorInfo
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"

@@ -34,10 +34,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from dmpq.config import SearchConfig
-from dmpq.contest import Contest
 from dmpq.errors import InputError
 from dmpq.files import JsonLines
 from dmpq.guard import label_of, make_agent, run_agent
+from dmpq.referee.contest import Contest
 
 if TYPE_CHECKING:
     from dmpq.agents import Agent, Candidate

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.bitmap import BitMap
 from dmpq.errors import InputError
-from dmpq.hardware_tables import say
+from dmpq.hardware.tables import say
 from dmpq.hw_models import (
     Explanation,
     HardwareModel,
@@ -21,8 +21,8 @@ from dmpq.hw_models import (
     load_hardware,
 )
 from dmpq.hw_models.catalogue import MEASURED, find_device
-from dmpq.limits import GIGABYTE, device_memory, usable_bytes
 from dmpq.profile import Profile
+from dmpq.solvers.limits import GIGABYTE, device_memory, usable_bytes
 from dmpq.spec import ModelSpec, load_geometry
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.errors import InputError
-from dmpq.knapsack import Mckp, solve_mckp_multi
-from dmpq.launches import GroupMenus, launches_of
-from dmpq.local_search import descended, improved
-from dmpq.relaxation import Relaxation
+from dmpq.solvers.knapsack import Mckp, solve_mckp_multi
+from dmpq.solvers.launches import GroupMenus, launches_of
+from dmpq.solvers.local_search import descended, improved
+from dmpq.solvers.relaxation import Relaxation
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -33,7 +33,7 @@ _ROOMS: Final = 4
 """Times that groups are given another room."""
 
 _ROUNDING: Final = 0.5e-12
-"""Share by which a cost may exceed its limit: half of what :mod:`dmpq.limits` forgives."""
+"""Share by which a cost may exceed its limit: half of what :mod:`dmpq.solvers.limits` forgives."""
 
 _FACTORS: Final = (0.0, 0.25, 1.0, 4.0)
 """Of the multipliers, at which the best map of every set of formats is tried as well."""
@@ -69,8 +69,8 @@ class Projection:
     Exact for limits on bits and memory. Latency and energy do not add up (a launch per width):
     each has a multiplier that prices its linearised shares, relative to its limit, and each is
     bisected in turn until the full cost model agrees; maps found so, the best of every set of
-    formats at those prices, and those of :mod:`dmpq.launches`, are then improved by single changes
-    and exchanges, all of them checked against the full cost model.
+    formats at those prices, and those of :mod:`dmpq.solvers.launches`, are then improved by single
+    changes and exchanges, all of them checked against the full cost model.
 
     Attributes:
         sizes: Stored bits of each decision in each format, (D, B).

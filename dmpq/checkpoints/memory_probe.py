@@ -1,4 +1,4 @@
-"""``python -m dmpq.memory_probe FOLDER``: what a checkpoint takes once it is loaded, as JSON.
+"""``python -m dmpq.checkpoints.memory_probe FOLDER``: what it takes once loaded, as JSON.
 
 A process of its own, because memory that another model has used does not come back.
 """
@@ -25,7 +25,7 @@ def resident_bytes(folder: Path) -> int:
     Raises:
         InputError: If it cannot be loaded.
     """
-    command = [sys.executable, "-m", "dmpq.memory_probe", str(folder)]
+    command = [sys.executable, "-m", "dmpq.checkpoints.memory_probe", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.console import plain_console, progress_bars
 from dmpq.errors import InputError, unknown
-from dmpq.hardware_files import check_out, write_out
+from dmpq.hardware.files import check_out, write_out
 from dmpq.hw_models.catalogue import MEASURED, refuse_power
 
 if TYPE_CHECKING:

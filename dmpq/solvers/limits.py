@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError
 from dmpq.hw_models import Cost, HardwareModel
 from dmpq.objective import Constraints, shown
-from dmpq.projection import Projection
+from dmpq.solvers.projection import Projection
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]

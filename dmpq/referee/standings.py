@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dmpq.referee import REFERENCE, Outcome
+from dmpq.referee.referee import REFERENCE, Outcome
 
 if TYPE_CHECKING:
     import pandas as pd

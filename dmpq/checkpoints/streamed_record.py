@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.tensor_files import TensorFile, TensorFileWriter, TensorInfo, file_bytes
 from dmpq.errors import InputError
 from dmpq.files import JsonLines, goes_on, replace_atomically, safetensors_bytes
-from dmpq.tensor_files import TensorFile, TensorFileWriter, TensorInfo, file_bytes
 
 _STATE: Final = "profile.json"
 _DONE: Final = "profile.jsonl"

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.bitmap import BitMap, assignment_from
-from dmpq.engines import Engine, Rule
+from dmpq.engines.rules import Engine, Rule
 from dmpq.errors import InputError
 from dmpq.exporters.plan import pairs_of
 from dmpq.formats import DEFAULT_GROUP_SIZE, QUANTIZED_WIDTHS, Format, Menu
-from dmpq.knapsack import Mckp
 from dmpq.profile import Profile
+from dmpq.solvers.knapsack import Mckp
 from dmpq.spec import ModelSpec
 
 Floats = NDArray[np.float64]
@@ -188,7 +188,7 @@ def blocks(spec: ModelSpec, granularity: str) -> Ints:
 
     Args:
         spec: The model.
-        granularity: One of :data:`dmpq.engines.GRANULARITIES`.
+        granularity: One of :data:`dmpq.engines.rules.GRANULARITIES`.
     """
     experts, layer = np.arange(spec.num_experts), spec.layer_of_expert
     sides = np.arange(2)

@@ -1,7 +1,8 @@
 """What engines and tools can hold: rules as data, each with its reason and where it was read.
 
 ``python -m dmpq.export --check ENGINE`` judges a bit map by them, and docs/engines.md is made
-from them. A rule says what is allowed; :mod:`dmpq.preflight` knows how each kind is checked.
+from them. A rule says what is allowed; :mod:`dmpq.engines.preflight` knows how each kind is
+checked.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dmpq.engines import engine_named
-from dmpq.preflight import Layout, nearest_loadable
+from dmpq.engines.preflight import Layout, nearest_loadable
+from dmpq.engines.rules import engine_named
 from dmpq.provenance import bitmap_of
 from dmpq.report import Row
 

@@ -21,10 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from dmpq.checkpoint import Checkpoint
+from dmpq.checkpoints.checkpoint import Checkpoint
+from dmpq.checkpoints.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
+from dmpq.checkpoints.streamed_model import StreamedModel
+from dmpq.checkpoints.streamed_record import LotLoss, Record, disk_needed
+from dmpq.checkpoints.tensor_files import TensorFile
 from dmpq.data import Draw, Windows
 from dmpq.errors import InputError
-from dmpq.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
 from dmpq.experts import Experts
 from dmpq.formats import Menu
 from dmpq.heap import return_freed_memory
@@ -32,9 +35,6 @@ from dmpq.moe import MoEModel
 from dmpq.profile import Profile
 from dmpq.profiling import embeddings_require_gradients, estimated, router_norms
 from dmpq.quantization import quantize
-from dmpq.streamed_model import StreamedModel
-from dmpq.streamed_record import LotLoss, Record, disk_needed
-from dmpq.tensor_files import TensorFile
 
 BATCH_TOKENS: Final = 2048
 """Tokens of one forward, unless a window is longer."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dmpq.referee import REFERENCE, Outcome
-from dmpq.standings import ALL, Standing
+from dmpq.referee.referee import REFERENCE, Outcome
+from dmpq.referee.standings import ALL, Standing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

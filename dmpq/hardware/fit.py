@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dmpq.errors import InputError, unknown
-from dmpq.hardware_files import check_out, write_out
-from dmpq.hardware_tables import say
+from dmpq.hardware.files import check_out, write_out
+from dmpq.hardware.tables import say
 
 if TYPE_CHECKING:
     from rich.console import Console

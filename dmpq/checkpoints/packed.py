@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dmpq.checkpoints.tensor_files import TensorInfo
 from dmpq.errors import InputError
 from dmpq.experts import Experts, run_stacked
 from dmpq.formats import COMPENSATOR_BITS, Format, Menu, compensator_format
 from dmpq.pruning import renormalised
 from dmpq.quantization import QuantizedTensor, pack_codes, unpack_codes
 from dmpq.spec import MoELayer
-from dmpq.tensor_files import TensorInfo
 
 CHILD: Final = "packed"
 """Name of the module inside an experts container."""

@@ -1,0 +1,1 @@
+"""From tensors in files to quantized folders, and to profiles of what memory cannot hold."""

@@ -1,0 +1,1 @@
+"""``python -m dmpq.hardware``: devices shown, fitted, measured and explained."""

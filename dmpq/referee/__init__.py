@@ -1,0 +1,1 @@
+"""Agents at equal cost: contests, who plays them, what the standings say."""

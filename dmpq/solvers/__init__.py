@@ -1,0 +1,1 @@
+"""Exact and near-exact solvers of what adds up: knapsacks, limits, projection."""

@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-from dmpq.heap import return_freed_memory
+from dmpq.checkpoints.heap import return_freed_memory
 
 CODE = """
 import gc, psutil, sys, torch
-from dmpq.heap import return_freed_memory
+from dmpq.checkpoints.heap import return_freed_memory
 
 if sys.argv[1] == "told":
     return_freed_memory()

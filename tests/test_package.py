@@ -59,7 +59,7 @@ FLOORS = [
         "quantizer",
         "formats",
         "files",
-        "heap",
+        "checkpoints.heap",
         "overrides",
         "revision",
         "checkpoints.tensor_files",

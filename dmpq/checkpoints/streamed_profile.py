@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from dmpq.checkpoints.checkpoint import Checkpoint
 from dmpq.checkpoints.expert_sums import STATISTICS, ExpertSums, Seen, weight_statistics
+from dmpq.checkpoints.heap import return_freed_memory
 from dmpq.checkpoints.streamed_model import StreamedModel
 from dmpq.checkpoints.streamed_record import LotLoss, Record, disk_needed
 from dmpq.checkpoints.tensor_files import TensorFile
@@ -30,7 +31,6 @@ from dmpq.data import Draw, Windows
 from dmpq.errors import InputError
 from dmpq.experts import Experts
 from dmpq.formats import Menu
-from dmpq.heap import return_freed_memory
 from dmpq.moe import MoEModel
 from dmpq.profile import Profile
 from dmpq.profiling import embeddings_require_gradients, estimated, router_norms

@@ -111,7 +111,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
     Engine(
         "gptqmodel",
         "7.7.0",
-        "2026-08-23",
+        "2026-11-30",
         "run",
         (
             _widths(

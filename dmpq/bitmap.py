@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +15,26 @@ from numpy.typing import NDArray
 from dmpq.errors import InputError, unknown
 from dmpq.files import replace_atomically
 from dmpq.formats import PRUNED_WIDTH, Format, Menu
+from dmpq.json_checks import (
+    Check,
+    bad,
+    boolean,
+    limit,
+    list_of,
+    matches,
+    members,
+    not_negative,
+    number,
+    one_of,
+    optional_text,
+    plain,
+    record,
+    refuse_constant,
+    table,
+    text_value,
+    unique,
+    whole,
+)
 from dmpq.spec import ModelSpec
 
 SCHEMA: Final = "dmpq.bitmap/1"
@@ -30,7 +49,6 @@ _NAME, _VERSION = SCHEMA.split("/")
 _MODULE_PATH: Final = re.compile(r"\w+(\.\w+)*", re.ASCII)
 _PACKAGE: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_MAX_INTEGER: Final = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -83,14 +101,14 @@ class BitMap:
     def __post_init__(self) -> None:
         for member in fields(self):
             if member.name not in ("geometry", "menu"):
-                plain = _plain(getattr(self, member.name), member.name)
-                object.__setattr__(self, member.name, plain)
+                value = plain(getattr(self, member.name), member.name)
+                object.__setattr__(self, member.name, value)
         for name, check in _SECTIONS.items():
             check(name, getattr(self, name))
         _check_calibration(self)
         for path in _paths(self.geometry):
             if not _MODULE_PATH.fullmatch(path):
-                raise _bad("geometry", path, "module paths of names and numbers joined by dots")
+                raise bad("geometry", path, "module paths of names and numbers joined by dots")
         _check_assignment(self)
 
     def to_assignment(self, spec: ModelSpec) -> NDArray[np.int64]:
@@ -149,12 +167,12 @@ class BitMap:
             InputError: If anything is missing, unknown, malformed or contradictory.
         """
         _check_schema(data)
-        _members(
+        members(
             "bit map",
             data,
             ("schema", "model", "quantizer", "choices", "assignment", *_TAIL),
         )
-        model = dict(_members("model", data["model"], (*_MODEL, "geometry")))
+        model = dict(members("model", data["model"], (*_MODEL, "geometry")))
         geometry = ModelSpec.from_json(model.pop("geometry"))
         quantizer = data["quantizer"]
         calibration = None
@@ -191,8 +209,8 @@ class BitMap:
                 )
             data = json.loads(
                 Path(path).read_text("utf-8"),
-                object_pairs_hook=_unique,
-                parse_constant=_refuse_constant,
+                object_pairs_hook=unique,
+                parse_constant=refuse_constant,
             )
             return cls.from_json(data)
         except InputError as error:
@@ -243,188 +261,72 @@ def _paths(spec: ModelSpec) -> list[str]:
     return [layer.path for layer in spec.moe_layers]
 
 
-def _bad(where: str, value: Any, allowed: str) -> InputError:
-    return InputError(f"{where} is {str(value)[:60]!r}; it must be {allowed}.")
-
-
-def _plain(value: Any, where: str) -> Any:
-    """Return ``value`` in plain JSON types, refusing what JSON or a reader cannot hold."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        strange = next((key for key in value if not isinstance(key, str)), None)
-        if strange is not None:
-            raise _bad(f"a name in {where}", strange, "text")
-        return {key: _plain(member, f"{where}.{key}") for key, member in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(member, where) for member in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise _bad(where, value, "a finite number")
-    if isinstance(value, int) and abs(value) >= _MAX_INTEGER:
-        raise InputError(f"{where} is an integer of more than 63 bits; give a smaller one.")
-    if value is not None and not isinstance(value, str | int | float):
-        raise _bad(where, type(value).__name__, "text, a number, true, false or null")
-    return value
-
-
-def _members(where: str, value: Any, names: Sequence[str]) -> Mapping[str, Any]:
-    """Return a JSON object after checking that it has these names and no others."""
-    if not isinstance(value, Mapping):
-        raise _bad(where, value, "a JSON object")
-    for name in value:
-        if name not in names:
-            raise unknown(f"name in {where}", str(name), names)
-    for name in names:
-        if name not in value:
-            raise InputError(f"The {where} has no {name!r}; add it.")
-    return value
-
-
-def _text_value(where: str, value: Any) -> None:
-    if not isinstance(value, str) or not value or not value.isprintable():
-        raise _bad(where, value, "printable text")
-
-
-def _optional_text(where: str, value: Any) -> None:
-    if value is not None:
-        _text_value(where, value)
-
-
-def _boolean(where: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise _bad(where, value, "true or false")
-
-
-def _number(where: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _bad(where, value, "a number")
-
-
-def _limit(where: str, value: Any) -> None:
-    if value is not None:
-        _number(where, value)
-        if value <= 0:
-            raise _bad(where, value, "a positive number, or null for no limit")
-
-
-def _not_negative(where: str, value: Any) -> None:
-    _number(where, value)
-    if value < 0:
-        raise _bad(where, value, "0 or more")
-
-
-def _whole(least: int) -> Callable[[str, Any], None]:
-    def check(where: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise _bad(where, value, f"a whole number, {least} or more")
-
-    return check
-
-
-def _one_of(*allowed: str) -> Callable[[str, Any], None]:
-    def check(where: str, value: Any) -> None:
-        if value not in allowed:
-            raise unknown(where, str(value), allowed)
-
-    return check
-
-
-def _matches(pattern: re.Pattern[str], allowed: str) -> Callable[[str, Any], None]:
-    def check(where: str, value: Any) -> None:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise _bad(where, value, allowed)
-
-    return check
-
-
-def _record(**members: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
-    """Return a check for an object with exactly these members."""
-
-    def check(where: str, value: Any) -> None:
-        for name, member in _members(where, value, tuple(members)).items():
-            members[name](f"{where}.{name}", member)
-
-    return check
-
-
-def _table(
-    member: Callable[[str, Any], None], name: Callable[[str, Any], None] = _text_value
-) -> Callable[[str, Any], None]:
-    """Return a check for an object of any names, all of whose members are alike."""
-
-    def check(where: str, value: Any) -> None:
-        if not isinstance(value, Mapping):
-            raise _bad(where, value, "a JSON object")
-        for key, item in value.items():
-            name(f"a name in {where}", key)
-            member(f"{where}.{key}", item)
-
-    return check
-
-
-def _list(member: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
-    """Return a check for a list, not empty, all of whose members are alike."""
-
-    def check(where: str, value: Any) -> None:
-        if not isinstance(value, list) or not value:
-            raise _bad(where, value, "a list that is not empty")
-        for item in value:
-            member(f"a member of {where}", item)
-
-    return check
-
-
-_TEXT: Final = {"dataset": _text_value, "sequence_length": _whole(2), "heldout_tokens": _whole(1)}
-_TASK: Final = {"task": _text_value, "text_column": _optional_text, "label_column": _optional_text}
+_TEXT: Final = {
+    "dataset": text_value,
+    "sequence_length": whole(2),
+    "heldout_tokens": whole(1),
+}
+_TASK: Final = {
+    "task": text_value,
+    "text_column": optional_text,
+    "label_column": optional_text,
+}
 
 
 def _measured_on(where: str, value: Any) -> None:
     """Check what a map was measured on: a text, or a task's examples."""
     members = _TEXT | _TASK if isinstance(value, Mapping) and "task" in value else _TEXT
-    _record(**members)(where, value)
+    record(**members)(where, value)
 
 
-_MODEL: Final[dict[str, Callable[[str, Any], None]]] = {
-    "id": _text_value,
-    "revision": _optional_text,
-    "architecture": _text_value,
-    "fingerprint": _matches(_SHA256, "64 hexadecimal digits"),
+_MODEL: Final[dict[str, Check]] = {
+    "id": text_value,
+    "revision": optional_text,
+    "architecture": text_value,
+    "fingerprint": matches(_SHA256, "64 hexadecimal digits"),
 }
-_CALIBRATION: Final = _record(
-    dataset=_text_value,
-    stream=_matches(_SHA256, "64 hexadecimal digits"),
-    length=_whole(2),
-    windows=_list(_whole(0)),
+_CALIBRATION: Final = record(
+    dataset=text_value,
+    stream=matches(_SHA256, "64 hexadecimal digits"),
+    length=whole(2),
+    windows=list_of(whole(0)),
 )
-_METRICS: Final = _table(_record(value=_number, unit=_text_value))
-_TAIL_SECTIONS: Final[dict[str, Callable[[str, Any], None]]] = {
-    "objective": _record(weights=_table(_not_negative), signal=_text_value),
-    "constraints": _table(_limit),
-    "hardware": _record(
-        name=_text_value,
-        stack=_text_value,
-        calibrated=_boolean,
-        source=_text_value,
-        cost_geometry=_text_value,
+_METRICS: Final = table(record(value=number, unit=text_value))
+_TAIL_SECTIONS: Final[dict[str, Check]] = {
+    "objective": record(weights=table(not_negative), signal=text_value),
+    "constraints": table(limit),
+    "hardware": record(
+        name=text_value,
+        stack=text_value,
+        calibrated=boolean,
+        source=text_value,
+        cost_geometry=text_value,
     ),
-    "workload": _record(phase=_one_of("decode", "prefill"), batch=_whole(1), context=_whole(1)),
+    "workload": record(
+        phase=one_of("decode", "prefill"),
+        batch=whole(1),
+        context=whole(1),
+    ),
     "text": _measured_on,
-    "serve": _one_of("expert", "projection", "layer"),
-    "metrics": _record(predicted=_METRICS, measured=_METRICS),
-    "search": _record(
-        agent=_text_value, seed=_whole(0), evaluations=_whole(0), tokens=_not_negative
+    "serve": one_of("expert", "projection", "layer"),
+    "metrics": record(predicted=_METRICS, measured=_METRICS),
+    "search": record(
+        agent=text_value,
+        seed=whole(0),
+        evaluations=whole(0),
+        tokens=not_negative,
     ),
-    "versions": _table(_text_value, _matches(_PACKAGE, "a package's name")),
-    "git_revision": _optional_text,
+    "versions": table(text_value, matches(_PACKAGE, "a package's name")),
+    "git_revision": optional_text,
 }
-_SECTIONS: Final = {"model": _record(**_MODEL), **_TAIL_SECTIONS}
+_SECTIONS: Final = {"model": record(**_MODEL), **_TAIL_SECTIONS}
 _TAIL: Final = tuple(_TAIL_SECTIONS)
 
 
 def _check_assignment(bitmap: BitMap) -> None:
     assignment, keys = bitmap.assignment, frozenset(bitmap.menu.keys)
     paths = _paths(bitmap.geometry)
-    _members("assignment", assignment, paths)
+    members("assignment", assignment, paths)
     for layer in bitmap.geometry.moe_layers:
         where, given = f"assignment of {layer.path}", assignment[layer.path]
         split = isinstance(given, Mapping)
@@ -433,7 +335,7 @@ def _check_assignment(bitmap: BitMap) -> None:
                 f"The {where} sets projections apart, but serve is {bitmap.serve!r}; "
                 "give one list, or serve 'projection'."
             )
-        parts = [*_members(where, given, PROJECTIONS).values()] if split else [given]
+        parts = [*members(where, given, PROJECTIONS).values()] if split else [given]
         for part in parts:
             if not isinstance(part, list) or len(part) != layer.num_experts:
                 got = f"{len(part)} entries" if isinstance(part, list) else f"{str(part)[:40]!r}"
@@ -487,8 +389,8 @@ def _check_schema(data: Any) -> None:
 
 
 def _read_menu(choices: Any, quantizer: Any) -> Menu:
-    _record(name=_text_value, symmetric=_boolean)("quantizer", quantizer)
-    _table(_record(bits=_number, group_size=_number))("choices", choices)
+    record(name=text_value, symmetric=boolean)("quantizer", quantizer)
+    table(record(bits=number, group_size=number))("choices", choices)
     menu = Menu.parse(choices, quantizer=quantizer["name"], symmetric=quantizer["symmetric"])
     if menu.quantizer != quantizer["name"]:
         raise InputError(
@@ -505,19 +407,6 @@ def _read_menu(choices: Any, quantizer: Any) -> Menu:
         if key != meant.key:
             raise InputError(f"The choice {key!r} must be written {meant.key!r}.")
     return menu
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in members:
-            raise InputError(f"{name[:60]!r} is written twice in one object; write it once.")
-        members[name] = value
-    return members
-
-
-def _refuse_constant(name: str) -> None:
-    raise InputError(f"It holds {name}, which is no JSON number; write a finite number.")
 
 
 def _text(value: Any, indent: str = "") -> str:

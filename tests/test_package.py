@@ -58,6 +58,7 @@ FLOORS = [
         "errors",
         "quantizer",
         "formats",
+        "json_checks",
         "files",
         "checkpoints.heap",
         "overrides",

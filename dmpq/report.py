@@ -50,6 +50,7 @@ _HEADS: Final = {
 _FEW_TOKENS: Final = 10.0
 _LARGE_PERPLEXITY: Final = 100.0
 _KL: Final = LossUnit()
+_MANY_METRICS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class TaskRow(Row):
 def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str] = ()) -> Table:
     """Return the final table for the terminal, at most 80 columns wide.
 
+    Tokens per second, which latency says too, make room for a task's metrics.
+
     Args:
         rows: The allocations.
         caption: What the costs were computed for.
@@ -142,13 +145,15 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
     from rich import box
     from rich.table import Table
 
-    shown = Table(caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1), caption_justify="left")
+    task = isinstance(rows[0], TaskRow)
+    judged = tuple(rows[0].metrics) if isinstance(rows[0], TaskRow) else ("ppl",)
+    around = (0, 1) if len(judged) < _MANY_METRICS else (0, 0, 0, 1)
+    shown = Table(caption=caption, box=box.SIMPLE_HEAD, padding=around, caption_justify="left")
     shown.add_column("allocation", justify="left", overflow="fold")
     (memory, unit_bytes), (latency, unit_s), (energy, unit_j) = units_of(rows).values()
-    judged = tuple(rows[0].metrics) if isinstance(rows[0], TaskRow) else ("ppl",)
     quality = (_HEADS.get(name, name) for name in judged)
-    heads = ("bits", "KL", *quality, f"memory\n{memory}", f"latency\n{latency}", "tokens\n/s")
-    for head in (*heads, f"energy\n{energy}"):
+    costs = (f"memory\n{memory}", f"latency\n{latency}", *(() if task else ("tokens\n/s",)))
+    for head in ("bits", "KL", *quality, *costs, f"energy\n{energy}"):
         shown.add_column(head, justify="right")
     for row in rows:
         shown.add_row(
@@ -158,17 +163,22 @@ def table(rows: Sequence[Row], *, caption: str, best: str, marked: Sequence[str]
             *_quality(row),
             f"{row.memory_bytes / unit_bytes:,.1f}",
             f"{row.latency_s / unit_s:,.1f}",
-            f"{row.tokens_per_s:,.{0 if row.tokens_per_s >= _FEW_TOKENS else 2}f}",
+            *(() if task else (_speed(row.tokens_per_s),)),
             f"{row.energy_j / unit_j:,.2f}",
             style="bold" if row.name == best else None,
         )
     return shown
 
 
+def _speed(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.{0 if tokens_per_s >= _FEW_TOKENS else 2}f}"
+
+
 def _quality(row: Row) -> list[str]:
     """Return what stands between the KL and the costs: perplexity, or a task's metrics."""
     if isinstance(row, TaskRow):
-        return [f"{value:.2f}" for value in row.metrics.values()]
+        places = 2 if len(row.metrics) < _MANY_METRICS else 1
+        return [f"{value:.{places}f}" for value in row.metrics.values()]
     return [f"{row.heldout_ppl:.{4 if row.heldout_ppl < _LARGE_PERPLEXITY else 1}f}"]
 
 
@@ -224,7 +234,10 @@ def plane(
     kl = np.array([c.kl * lost.shown for c in own])
     latency = problem.costs(maps).latency_s * 1e6
     bits = problem.effective_bits(maps)
-    places = {name: np.flatnonzero((maps == one).all(1)) for name, one in named.items()}
+    labels: dict[int, list[str]] = {}
+    for name, one in named.items():
+        for i in np.flatnonzero((maps == one).all(1)).tolist():
+            labels.setdefault(i, []).append(name)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, cost, label in zip(
         figure.subplots(1, 2, sharey=True),
@@ -239,12 +252,14 @@ def plane(
         axes.scatter(cost, kl, s=14, color=_FAINT, label="evaluated maps", linewidths=0)
         front = pareto(np.round(cost / (_SAME * cost.max())), kl)
         axes.plot(cost[front], kl[front], "o-", color=_FRONT, ms=4, lw=1, label="front")
-        for name, found in places.items():
-            for i in found:
-                axes.plot(cost[i], kl[i], "D", color=_STRONG, ms=6)
-                axes.annotate(
-                    name, (cost[i], kl[i]), xytext=(6, 6), textcoords="offset points", fontsize=9
-                )
+        # Maps of one loss and cost share a label: written over each other nobody could read them.
+        spots: dict[tuple[float, float], list[str]] = {}
+        for i, names in labels.items():
+            spots.setdefault((float(cost[i]), float(kl[i])), []).extend(names)
+        for spot, names in spots.items():
+            axes.plot(*spot, "D", color=_STRONG, ms=6)
+            text = ", ".join(dict.fromkeys(names))
+            axes.annotate(text, spot, xytext=(6, 6), textcoords="offset points", fontsize=9)
         axes.set_xlabel(label)
         axes.grid(alpha=0.2)
         axes.margins(x=0.12)

@@ -2,8 +2,7 @@ r"""What uniform maps lose by quantizer: RTN, HQQ, GPTQ with MoEQuant's options,
 
     python benchmarks/quantizers.py --threads 1
     python benchmarks/quantizers.py --threads 1 --text wikitext-2/valid.jsonl
-    python benchmarks/quantizers.py --threads 1 --text test.joined.txt --only tokens=8192 \
-        --out benchmarks/results/quantizers_ebss.json
+    python benchmarks/quantizers.py --threads 1 --only ebss    # some of them again
 
 Every row is the bundled model with all its experts in one width, on text that calibrated nothing:
 the embedded text's held-out side, and the last fifth of each ``--text``. GPTQ is calibrated on the

@@ -234,6 +234,11 @@ def _profile(
     windows = splits.profile
     assert isinstance(windows, np.ndarray)  # a session of no task draws windows
     lot = batch_tokens(source, windows.shape[1], max_memory)
+    if partial.is_symlink():  # whatever is in the other folder would be removed
+        raise InputError(
+            f"{partial} is a link to another folder, which would be cleared; remove it, and name "
+            "a folder on another disk by --scratch."
+        )
     partial.mkdir(exist_ok=True)
     with locked(partial, folder):
         console.print(

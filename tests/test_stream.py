@@ -96,6 +96,17 @@ def test_what_cannot_be_is_refused_before_profiling(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("unprofiled")
+def test_a_link_in_the_place_of_the_partial_profile_is_not_followed(tmp_path, capsys):
+    out, own = tmp_path / "big", tmp_path / "own"
+    own.mkdir()
+    out.mkdir()
+    (own / "letter.txt").write_text("kept")
+    (out / "profile.partial").symlink_to(own)
+    assert "is a link to another folder" in refused(capsys, *SMALL, "--out", out)
+    assert (own / "letter.txt").read_text() == "kept"
+
+
+@pytest.mark.usefixtures("unprofiled")
 @pytest.mark.parametrize(
     ("family", "message"),
     [

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from families import build_tiny
+from safetensors.numpy import load_file, save_file
 
 from dmpq.checkpoints.checkpoint import Checkpoint
 from dmpq.checkpoints.streamed_profile import scratch_bytes, streamed_profile
@@ -154,3 +155,34 @@ def test_the_disk_is_asked_before_anything_is_run(folder, tmp_path, monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(InputError, match="give another --scratch"):
         profiled(folder, kept)
+
+
+@pytest.mark.parametrize("which", ["gone", "torn", "changed", "sums"])
+def test_rows_that_are_not_as_they_were_left_are_measured_again(which, folder, tmp_path, reads):
+    wanted = as_bytes(profiled(folder), tmp_path)
+    kept = tmp_path / "kept"
+    interrupted(folder, kept, reads, reads["count"] - 6)  # all lots are run
+    damaged = kept / "layer-0.safetensors"
+    whole = damaged.read_bytes()
+    if which == "gone":
+        damaged.unlink()
+    elif which == "torn":
+        damaged.write_bytes(whole[: len(whole) // 2])
+    elif which == "changed":
+        damaged.write_bytes(whole[:-1000] + bytes(1000))
+    else:
+        profiled(folder, kept)
+        arrays = load_file(kept / "sums-0.safetensors")
+        changed = {name: array + 1 for name, array in arrays.items()}
+        save_file(changed, kept / "sums-0.safetensors")
+    assert as_bytes(profiled(folder, kept), tmp_path) == wanted
+
+
+def test_slopes_of_a_lot_under_way_are_as_they_were_left(folder, tmp_path, reads):
+    wanted = as_bytes(profiled(folder), tmp_path)
+    kept = tmp_path / "kept"
+    for last in (25, 35, 45):
+        shutil.rmtree(kept, ignore_errors=True)
+        interrupted(folder, kept, reads, last)
+        (kept / "slopes.safetensors").unlink(missing_ok=True)
+        assert as_bytes(profiled(folder, kept), tmp_path) == wanted

@@ -3,13 +3,15 @@
 One file per layer holds what its experts read, gave, and are blamed for; a journal says which rows
 are whole. Experts are the expensive part of a pass, and each layer's are run once forward and once
 backward: whoever asks again, the second run of a checkpointed layer or the same command after an
-interruption, gets what is kept, provided that what the experts read is the same to the bit.
+interruption, gets what is kept, provided that what the experts read is the same to the bit. The
+journal has checksums: where rows are not as they were left, as those of a removed file, all goes.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +19,7 @@ from typing import Any, Final
 
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from dmpq.checkpoints.checkpoint import Checkpoint
 from dmpq.checkpoints.tensor_files import TensorFile, TensorFileWriter, TensorInfo, file_bytes
@@ -28,6 +29,7 @@ from dmpq.files import JsonLines, goes_on, replace_atomically, safetensors_bytes
 _STATE: Final = "profile.json"
 _DONE: Final = "profile.jsonl"
 _SLOPES: Final = "slopes.safetensors"
+_PARTS: Final = {"forward": ("hidden", "index", "weights", "output"), "backward": ("gradient",)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Record:
 
     Args:
         source: The checkpoint.
-        folder: Where to; what is there of the same state is gone on with, else cleared away.
+        folder: Where to; what is there of the same state, and as it was left, is gone on with,
+            else cleared away.
         tokens: All of them.
         lot: Tokens of one forward, at most.
         state: What the files are made of.
@@ -69,10 +72,23 @@ class Record:
     _slopes_of: int = 0
     _done: dict[tuple[str, int, int], int] = field(default_factory=dict)
     _lots: dict[int, LotLoss] = field(default_factory=dict)
+    _checksums: dict[tuple[str, int, int], tuple[int, int, int]] = field(default_factory=dict)
+    _sums: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         goes_on(self.folder, _STATE, self.state)
         self._check_disk()
+        self._open()
+        if not self._is_as_left():
+            self.close()
+            (self.folder / _STATE).unlink()
+            goes_on(self.folder, _STATE, self.state)
+            for noted in (self._done, self._lots, self._checksums, self._sums):
+                noted.clear()
+            del self._readers
+            self._open()
+
+    def _open(self) -> None:
         plans = record_tensors(self.source, self.tokens, self.lot)
         self._writers = {
             name: TensorFileWriter(self.folder / name, held, {}) for name, held in plans.items()
@@ -82,8 +98,37 @@ class Record:
             match entry:
                 case {"ran": str(what), "layer": int(layer), "row": int(row), "rows": int(rows)}:
                     self._remember(what, layer, row, rows)
+                    sums = entry.get("checksum", 0), entry.get("slopes", 0)
+                    self._checksums[what, layer, row] = rows, *sums
+                case {"sums": int(layer), "checksum": int(checksum)}:
+                    self._sums[layer] = checksum
                 case {"lot": int(row), "tokens": int(n), "nll": float(nll), "predicted": int(p)}:
                     self._lots[row] = LotLoss(n, nll, p)
+
+    def _is_as_left(self) -> bool:
+        """Return whether every row that the journal says was written is there, unchanged."""
+        for (what, layer, row), (rows, checksum, slopes) in self._checksums.items():
+            if not rows:
+                continue
+            known = what in _PARTS and _name(layer) in self._writers
+            if not known or not 0 <= row <= self.tokens - rows:
+                return False
+            if self._checksum(_name(layer), _PARTS[what], row, rows) != checksum:
+                return False
+            # One file for all lots: of what is done it may be the next one's, and is not read.
+            read = (
+                what == "backward" and (what, layer, row) in self._done and row not in self._lots
+            )
+            if read and self._checksum(_SLOPES, _slopes(layer), 0, rows) != slopes:
+                return False
+        return True
+
+    def _checksum(self, file: str, names: Sequence[str], row: int, rows: int) -> int:
+        found = 0
+        for name in names:
+            values = self._readers[file].read(name, row, row + rows)
+            found = zlib.crc32(values.numpy().data, found)
+        return found
 
     def _check_disk(self) -> None:
         needed = disk_needed(self.source, self.tokens, self.lot)
@@ -164,8 +209,7 @@ class Record:
         if not same or not _equal(self._rows(_name(layer), "gradient", count), gradient):
             return None
         to_hidden, to_weights = (
-            self._readers[_SLOPES].read(f"{layer}.{name}", 0, count)
-            for name in ("hidden", "weights")
+            self._readers[_SLOPES].read(name, 0, count) for name in _slopes(layer)
         )
         return to_hidden.to(hidden.dtype), to_weights.to(weights.dtype)
 
@@ -180,8 +224,8 @@ class Record:
         self._forget("backward", layer)
         self._keep(_name(layer), {"gradient": gradient.float()})
         writer = self._writers[_SLOPES]
-        writer.write(f"{layer}.hidden", to_hidden.float())
-        writer.write(f"{layer}.weights", to_weights.float())
+        for name, values in zip(_slopes(layer), (to_hidden, to_weights), strict=True):
+            writer.write(name, values.float())
         writer.flush()
         self._note("backward", layer, len(gradient))
 
@@ -216,23 +260,26 @@ class Record:
 
     def _note(self, what: str, layer: int, rows: int) -> None:
         self._remember(what, layer, self._row, rows)
-        self._journal.append({"ran": what, "layer": layer, "row": self._row, "rows": rows})
+        entry = {"ran": what, "layer": layer, "row": self._row, "rows": rows}
+        if rows:
+            entry["checksum"] = self._checksum(_name(layer), _PARTS[what], self._row, rows)
+        if rows and what == "backward":
+            entry["slopes"] = self._checksum(_SLOPES, _slopes(layer), 0, rows)
+        self._journal.append(entry)
 
     # One layer's sums after the other.
 
     def sums(self, layer: int) -> dict[str, NDArray[Any]] | None:
-        """Return what was kept of a layer by :meth:`keep_sums`."""
+        """Return what was kept of a layer by :meth:`keep_sums`, if it is as it was left."""
         path = self.folder / f"sums-{layer}.safetensors"
-        try:
-            return load_file(path) if path.exists() else None
-        except SafetensorError:
-            return None
+        data = path.read_bytes() if path.exists() else b""
+        return load(data) if data and zlib.crc32(data) == self._sums.get(layer) else None
 
     def keep_sums(self, layer: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep what a layer's tokens say of its experts."""
-        replace_atomically(
-            self.folder / f"sums-{layer}.safetensors", safetensors_bytes(dict(arrays))
-        )
+        data = safetensors_bytes(dict(arrays))
+        replace_atomically(self.folder / f"sums-{layer}.safetensors", data)
+        self._journal.append({"sums": layer, "checksum": zlib.crc32(data)})
 
 
 def record_tensors(source: Checkpoint, tokens: int, lot: int) -> dict[str, dict[str, TensorInfo]]:
@@ -246,8 +293,8 @@ def record_tensors(source: Checkpoint, tokens: int, lot: int) -> dict[str, dict[
             "index": TensorInfo(torch.int64, (tokens, layer.top_k)),
         }
         files[_SLOPES] |= {
-            f"{number}.hidden": TensorInfo(torch.float32, (lot, layer.hidden_size)),
-            f"{number}.weights": TensorInfo(torch.float32, (lot, layer.top_k)),
+            name: TensorInfo(torch.float32, (lot, width))
+            for name, width in zip(_slopes(number), (layer.hidden_size, layer.top_k), strict=True)
         }
     return files
 
@@ -260,6 +307,10 @@ def disk_needed(source: Checkpoint, tokens: int, lot: int) -> int:
 
 def _name(layer: int) -> str:
     return f"layer-{layer}.safetensors"
+
+
+def _slopes(layer: int) -> tuple[str, str]:
+    return f"{layer}.hidden", f"{layer}.weights"
 
 
 def _equal(kept: torch.Tensor, now: torch.Tensor) -> bool:

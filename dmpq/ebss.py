@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from dmpq.data import CalibrationText, Draw
-from dmpq.errors import InputError
+from dmpq.errors import InputError, first_line
 from dmpq.experts import run_stacked
 from dmpq.moe import MoEModel
 from dmpq.quantizer import DEFAULT_BEAMS, DEFAULT_TAU, Quantizer
@@ -217,7 +217,7 @@ def beam_search(
         int64 (windows, length), the best beam of each.
 
     Raises:
-        InputError: If the model has no cache to write with, or overflows.
+        InputError: If the model has no cache to write with, cannot use it, or overflows.
     """
     if moe.model.config.is_encoder_decoder:
         raise InputError(
@@ -259,11 +259,17 @@ def _write(
     cache: Any = None
     with moe.experts_forward(counters):
         for done in range(1, length):
-            output = moe.model(
-                input_ids=prefixes.tokens[..., -1].flatten()[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            )
+            try:
+                output = moe.model(
+                    input_ids=prefixes.tokens[..., -1].flatten()[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            except ValueError as error:  # a cache of linear attention alone has no length
+                raise InputError(
+                    f"{moe.name} cannot read on from its cache ({first_line(error)}), and EBSS "
+                    "writes token by token; calibrate by given text: leave out ebss."
+                ) from error
             cache = output.get("past_key_values")
             if cache is None:
                 raise InputError(

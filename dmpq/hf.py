@@ -293,8 +293,9 @@ def _check_whole(model: PreTrainedModel, found: Iterable[str]) -> None:
     ignored = model._keys_to_ignore_on_load_missing or ()
     missing = [
         name
-        for name, _ in model.named_parameters()
+        for name in model.state_dict()
         if name.startswith(prefix)
+        and f".{CHILD}." not in name
         and not {name, tied.get(name, name), *(n for n, of in tied.items() if of == name)} & there
         and not any(re.search(pattern, name) for pattern in ignored)
     ]

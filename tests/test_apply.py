@@ -415,6 +415,26 @@ def test_missing_weights_beside_the_experts_are_refused(name, reference, tmp_pat
         AutoModelForCausalLM.from_pretrained(copy)
 
 
+def test_a_missing_correction_bias_is_refused_not_zeros(saved, tmp_path):
+    folder, moe = saved("deepseek_v3")
+    menu = Menu.parse("2,4")
+    bitmap = bitmap_of(moe, menu, np.zeros(moe.spec.num_experts, np.int64), tmp_path)
+    QuantizedCheckpoint(bitmap, Checkpoint(str(folder))).write(tmp_path / "out", card="")
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain)
+    for copy, load in (
+        (plain, lambda: Checkpoint(str(plain))),
+        (tmp_path / "out", lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "out")),
+    ):
+        load()
+        tensors = load_file(copy / "model.safetensors")
+        name = next(name for name in tensors if name.endswith("e_score_correction_bias"))
+        del tensors[name]
+        save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"lacks 1 of its weights, among them {name}"):
+            load()
+
+
 def test_a_shard_that_nothing_names_any_more_is_missed(reference, tmp_path):
     _, made = reference
     QuantizedCheckpoint(made.bitmap, made.source, largest_shard=200_000).write(

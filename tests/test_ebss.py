@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES
+from families import build_tiny
 
 from dmpq.calibration import Calibration
 from dmpq.config import SearchConfig
 from dmpq.data import CalibrationText, Draw
 from dmpq.ebss import Prefixes, beam_search, imbalance, rewritten, start_tokens, written
 from dmpq.errors import InputError
+from dmpq.moe import MoEModel
 from dmpq.quantizer import Quantizer
 from dmpq.search import main as search
 from dmpq.session import Session
@@ -193,3 +195,9 @@ def test_a_map_tells_its_start_tokens_and_is_calibrated_again(tmp_path, capsys):
     again = Session(saved)
     assert again.calibrated_by == CalibrationText.from_json(told)
     assert np.isin(told["windows"], again._calibration_windows()[:, 0]).all()
+
+
+def test_a_model_that_cannot_read_on_from_its_cache_is_refused_by_name():
+    moe = MoEModel(build_tiny("qwen3_next"), name="tiny")
+    with pytest.raises(InputError, match=r"tiny cannot read on from its cache \(.*; calibrate by"):
+        beam_search(moe, (3, 5), length=4, beams=2)

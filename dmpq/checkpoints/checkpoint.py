@@ -181,7 +181,8 @@ class Checkpoint:
         return {name: file for file in map(TensorFile, paths) for name in file.tensors}
 
     def _check_complete(self, model: PreTrainedModel) -> None:
-        missing = [name for name, _ in model.named_parameters() if name not in self.groups]
+        # Buffers too: a router's correction bias that is not there would be zeros.
+        missing = [name for name in self._shapes if name not in self.groups]
         tied = model.all_tied_weights_keys
         missing = [name for name in missing if name not in tied]
         if missing:

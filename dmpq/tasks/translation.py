@@ -68,6 +68,10 @@ class Translation:
         if self.encoder.start is not None:
             return self._pair(source, target, self.encoder.start)
         prompt = tokenizer(f"{source}\n", add_special_tokens=False, verbose=False).input_ids
+        if not prompt:
+            raise InputError(
+                f"The source text {source!r} has no tokens that the model knows; leave it out."
+            )
         answer = tokenizer(target, add_special_tokens=False, verbose=False).input_ids
         answer = [*answer, tokenizer.eos_token_id]
         ids = (*prompt, *answer)

@@ -110,7 +110,13 @@ class SearchConfig:
     task: str | None = _option(
         None,
         "what the model is for, and is judged by on --dataset (default: next tokens)",
-        ("classification", "token-classification", "question-answering", "translation"),
+        (
+            "classification",
+            "token-classification",
+            "question-answering",
+            "translation",
+            "multiple-choice",
+        ),
     )
     text_column: str | None = _option(
         None, "with --task: column of the texts, or two with a comma (default: the usual names)"

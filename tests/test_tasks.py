@@ -19,6 +19,7 @@ from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.moe import HEADS, LANGUAGE_MODELLING, MoEModel, load_model
 from dmpq.profiling import measure_profile
+from dmpq.tasks.choices import LETTERS
 from dmpq.tasks.evaluator import MetricEvaluator, TaskEvaluator
 from dmpq.tasks.examples import Encoder, Example, Examples, TaskBatch
 from dmpq.tasks.questions import normalised, word_f1
@@ -32,6 +33,7 @@ LABELS = {
     "token-classification": ["O", "B-PER", "I-PER", "B-LOC"],
     "question-answering": ["none", "one"],
     "translation": ["none", "one"],
+    "multiple-choice": ["none", "one"],
 }
 
 
@@ -53,13 +55,16 @@ def rows_of(task, count=24):
             text = " ".join(one)
             answers = {"text": [one[-1]], "answer_start": [len(text) - len(one[-1])]}
             rows.append({"question": "a b", "context": text, "answers": answers})
+        elif task == "multiple-choice":
+            choices = [" ".join(words(rng, 5)) for _ in range(2 + i % 3)]
+            rows.append({"question": " ".join(one), "choices": choices, "answer": i % 2})
         else:
             rows.append({"source": " ".join(one), "target": " ".join(words(rng))})
     return rows
 
 
 def tokenizer():
-    names = ["<pad>", "<end>", "<sep>", "\n", *WORDS]
+    names = ["<pad>", "<end>", "<sep>", "\n", *WORDS, *LETTERS]
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.post_processor = processors.TemplateProcessing(
@@ -74,7 +79,7 @@ def model_of(task):
     torch.manual_seed(0)
     labels = LABELS[task]
     config = MixtralConfig(
-        vocab_size=32,
+        vocab_size=48,
         hidden_size=32,
         intermediate_size=16,
         num_hidden_layers=2,
@@ -268,6 +273,54 @@ def test_a_span_lies_in_the_context_and_ends_after_it_begins():
     assert kind.answers(None, batch, kind.rows(output, batch)) == ["e f"]
 
 
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (["x y", "z"], 1),
+        (["x y", "z"], "B"),
+        (["x y", "z"], "z"),
+        ({"text": ["x y", "z"], "label": ["1", "2"]}, "2"),
+    ],
+)
+def test_a_choice_is_told_by_number_letter_text_or_the_data_s_own_name(choices, answer):
+    moe = MoEModel(model_of("multiple-choice"), name="tiny")
+    kind = TASKS["multiple-choice"](encoder_of(moe, tokenizer(), longest=None))
+    found = kind.encode({"question": "a b", "choices": choices, "answer": answer})
+    prompt = "a b\nA. x y\nB. z\nAnswer:"
+    assert list(found.ids) == tokenizer()(prompt, add_special_tokens=False).input_ids
+    assert (found.at, found.targets) == ((len(found.ids) - 1,), (1,))
+
+
+def test_the_letters_answer_and_no_other_token_nor_letter_without_a_choice():
+    moe = MoEModel(model_of("multiple-choice"), name="tiny")
+    kind = TASKS["multiple-choice"](encoder_of(moe, tokenizer(), longest=None))
+    rows = [
+        {"question": "a b", "choices": list("xyz"), "answer": 0},
+        {"question": "c", "choices": list("yz"), "answer": 1},
+    ]
+    batch = TaskBatch.of(kind, [kind.encode(row) for row in rows], pad=0, device="cpu")
+    with torch.no_grad():
+        found = batch.logits(moe)
+        for one, row, count in zip(batch.examples, found, (3, 2), strict=True):
+            whole = moe.model(input_ids=torch.tensor([one.ids])).logits[0, -1]
+            letters = tokenizer().convert_tokens_to_ids(list(LETTERS[:count]))
+            assert torch.allclose(row[:count], whole[letters], atol=1e-5)
+            assert (row[count:] < -1e8).all()
+    answers = kind.answers(moe, batch, found)
+    assert answers == [int(row.argmax()) for row in found]
+    assert kind.judge([0, 0], batch.examples) == {"accuracy": 50.0}
+
+
+def test_a_tokenizer_without_letters_is_refused_by_name():
+    moe = MoEModel(model_of("multiple-choice"), name="tiny")
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, "<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    poor = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>")
+    kind = TASKS["multiple-choice"](encoder_of(moe, poor, longest=None))
+    with pytest.raises(InputError, match="no token of its own for each of the letters A to J"):
+        kind.encode({"question": "a", "choices": ["a", "b"], "answer": 0})
+
+
 def test_bleu_of_the_reference_is_100_and_of_other_words_near_none():
     kind = TASKS["translation"](Encoder(tokenizer(), {}, 2, 64))
     row = {"source": "a b c", "target": "d e f g h"}
@@ -454,6 +507,24 @@ def test_where_data_is_short_each_role_gets_its_share(tmp_path):
             [{"tokens": [""], "ner_tags": ["O"]}] * 9,
             {},
             "No word of the sentence '' has a token",
+        ),
+        (
+            "multiple-choice",
+            [{"question": "a", "choices": "b", "answer": 0}] * 9,
+            {},
+            "has the choices b; give a list of texts",
+        ),
+        (
+            "multiple-choice",
+            [{"question": "a", "choices": ["b"], "answer": 0}] * 9,
+            {},
+            "has 1 choices; give 2 to 10",
+        ),
+        (
+            "multiple-choice",
+            [{"question": "a", "choices": ["b", "c"], "answer": "C"}] * 9,
+            {},
+            "The answer 'C' to 'a' is none of its choices (A, B)",
         ),
         (
             "question-answering",

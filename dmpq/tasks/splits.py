@@ -13,6 +13,7 @@ import numpy as np
 from dmpq.data import Draw, TokenRequest
 from dmpq.errors import InputError
 from dmpq.moe import MoEModel
+from dmpq.tasks.choices import MultipleChoice
 from dmpq.tasks.classification import Classification
 from dmpq.tasks.columns import renamed
 from dmpq.tasks.entities import TokenClassification
@@ -23,7 +24,13 @@ from dmpq.tasks.translation import Translation
 
 TASKS: Final[Mapping[str, Any]] = {
     kind.name: kind
-    for kind in (Classification, TokenClassification, QuestionAnswering, Translation)
+    for kind in (
+        Classification,
+        TokenClassification,
+        QuestionAnswering,
+        Translation,
+        MultipleChoice,
+    )
 }
 """Every task by name."""
 

@@ -102,6 +102,24 @@ def grouped(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Group]:
     return {target: group for group in groups.values() for target in group.targets}
 
 
+def check_memory(doing: str, needed: float, allowed: float) -> None:
+    """Refuse a limit of memory that single weights exceed.
+
+    Args:
+        doing: What takes the memory, as a sentence's beginning.
+        needed: Bytes beside the imports.
+        allowed: Bytes beside the imports.
+
+    Raises:
+        InputError: If more is needed than allowed.
+    """
+    if needed > allowed:
+        raise InputError(
+            f"{doing} takes up to {needed / 1e9:.2f} GB beside the imports, and --max-memory "
+            f"allows {allowed / 1e9:.2f}; allow more, since weights are read whole."
+        )
+
+
 class Checkpoint:
     """A checkpoint on disk, with its model on the meta device.
 
@@ -220,6 +238,15 @@ class Checkpoint:
                 f"{self.name} has no experts at {strange}; give the model that they belong to."
             )
         self.moe.containers = tuple(known[path] for path in paths)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Weights of the largest matrix of an expert."""
+        return max(
+            rows * columns
+            for layer in self.moe.spec.moe_layers
+            for rows, columns in (layer.gate_up_shape, layer.down_shape)
+        )
 
     @cached_property
     def _expert_groups(self) -> list[Group]:

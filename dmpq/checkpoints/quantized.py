@@ -19,7 +19,7 @@ import torch
 
 from dmpq import hf
 from dmpq.bitmap import BitMap
-from dmpq.checkpoints.checkpoint import INDEX, SIDES, SINGLE, Checkpoint
+from dmpq.checkpoints.checkpoint import INDEX, SIDES, SINGLE, Checkpoint, check_memory
 from dmpq.checkpoints.packed import PackedLayer, stored_parts, tensor_name
 from dmpq.checkpoints.tensor_files import TensorFileWriter, TensorInfo, file_bytes
 from dmpq.errors import InputError
@@ -119,12 +119,7 @@ class QuantizedCheckpoint:
     @property
     def needed_memory(self) -> int:
         """Bytes that writing it takes beside the imports, an estimate from above."""
-        largest = max(
-            rows * columns
-            for layer in self.source.moe.spec.moe_layers
-            for rows, columns in (layer.gate_up_shape, layer.down_shape)
-        )
-        return _FIXED + 4 * _MATRICES * largest
+        return _FIXED + 4 * _MATRICES * self.source.largest_matrix
 
     def check_memory(self, allowed: float) -> None:
         """Refuse a limit that a single expert exceeds.
@@ -135,12 +130,7 @@ class QuantizedCheckpoint:
         Raises:
             InputError: If it does.
         """
-        if self.needed_memory > allowed:
-            raise InputError(
-                f"Quantizing one expert of {self.source.name} takes up to "
-                f"{self.needed_memory / 1e9:.2f} GB beside the imports, and --max-memory allows "
-                f"{allowed / 1e9:.2f}; allow more, since experts are quantized whole."
-            )
+        check_memory(f"Quantizing one expert of {self.source.name}", self.needed_memory, allowed)
 
     def check_fingerprint(self, progress: Progress = _silent) -> None:
         """Refuse weights other than those that the map was made for.

@@ -20,7 +20,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from dmpq.bitmap import BitMap
-from dmpq.checkpoints.checkpoint import INDEX, SIDES, Checkpoint
+from dmpq.checkpoints.checkpoint import INDEX, SIDES, Checkpoint, check_memory
 from dmpq.checkpoints.tensor_files import TensorFileWriter, TensorInfo
 from dmpq.errors import InputError
 from dmpq.experts import Experts
@@ -183,12 +183,7 @@ class StreamedExport:
             * (2 + stored + (0 if groups[unit[0]].converter is None else 4))
             for unit in self._units
         ]
-        matrix = max(
-            rows * columns
-            for layer in self.source.moe.spec.moe_layers
-            for rows, columns in (layer.gate_up_shape, layer.down_shape)
-        )
-        return (64 << 20) + max([*others, 4 * _MATRICES * matrix])
+        return (64 << 20) + max([*others, 4 * _MATRICES * self.source.largest_matrix])
 
     def check_memory(self, allowed: float) -> None:
         """Refuse a limit that a single weight exceeds.
@@ -199,12 +194,9 @@ class StreamedExport:
         Raises:
             InputError: If it does.
         """
-        if self.needed_memory > allowed:
-            raise InputError(
-                f"Writing the largest weight of {self.source.name} takes up to "
-                f"{self.needed_memory / 1e9:.2f} GB beside the imports, and --max-memory allows "
-                f"{allowed / 1e9:.2f}; allow more, since weights are written whole."
-            )
+        check_memory(
+            f"Writing the largest weight of {self.source.name}", self.needed_memory, allowed
+        )
 
     def write(self, out: Path) -> None:
         """Write the folder, whole or not at all.

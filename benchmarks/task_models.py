@@ -58,8 +58,17 @@ class Recipe:
     longest: int = 256
 
 
-def tokenizer_for(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer learned from texts, which separates and ends its texts."""
+def tokenizer_for(
+    texts: Sequence[str], size: int, *, ends: bool = True
+) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer learned from texts.
+
+    Args:
+        texts: To learn from.
+        size: Tokens of its vocabulary.
+        ends: Whether it separates and ends texts; one of a language model, which goes on writing,
+            does not (lm-evaluation-harness would read every answer behind the end).
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = decoders.ByteLevel()
@@ -70,11 +79,12 @@ def tokenizer_for(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single=f"$A {END}",
-        pair=f"$A {SEP} $B {END}",
-        special_tokens=[(END, core.token_to_id(END)), (SEP, core.token_to_id(SEP))],
-    )
+    if ends:
+        core.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}",
+            pair=f"$A {SEP} $B {END}",
+            special_tokens=[(END, core.token_to_id(END)), (SEP, core.token_to_id(SEP))],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,

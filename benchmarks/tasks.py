@@ -81,7 +81,9 @@ def make(arguments: argparse.Namespace) -> None:
         (data / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     rows = read_tables(str(data)).calibration
     recipe = RECIPES[task]
-    tokenizer = tokenizer_for([text for row in rows for text in _texts(row)], recipe.vocabulary)
+    texts = [text for row in rows for text in _texts(row)]
+    goes_on = task in ("translation", "multiple-choice")
+    tokenizer = tokenizer_for(texts, recipe.vocabulary, ends=not goes_on)
     labels = sorted({str(one) for row in rows for one in _labels(task, row)})
     if task == SWITCH:
         model = untrained_switch(recipe, tokenizer)

@@ -78,9 +78,12 @@ def _validated(arguments: argparse.Namespace) -> int:
 def _show_harness(bitmap: BitMap, arguments: argparse.Namespace, console: Any) -> None:
     """Print what the harness's tasks score at full precision and under the map."""
     from dmpq.harness import harness_scores
+    from dmpq.moe import LANGUAGE_MODELLING
+    from dmpq.tasks.splits import TASKS
 
     session = _session(bitmap, arguments)
-    if session.config.task is not None:
+    task = session.config.task
+    if task is not None and TASKS[task].head != LANGUAGE_MODELLING:
         raise InputError(
             f"--harness asks a language model, and {session.config.model} is one for "
             f"{session.config.task}; leave it out."

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from factories import make_problem, make_spec
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dmpq.envs import ExpertBitsEnv
@@ -20,6 +20,8 @@ from dmpq.spec import load_geometry
 NAMES = ("avg_bits", "memory_bytes", "latency_s", "energy_j")
 FLAGS = {shown(name, 1.0)[0]: name for name in NAMES}
 OLMOE = load_geometry("olmoe-1b-7b")
+ROUNDING = 1e-12
+"""Share by which a cost may exceed its limit, for the rounding of sums (dmpq.solvers.limits)."""
 
 
 DECODE = Workload()
@@ -60,6 +62,7 @@ STEPS = [Workload(), Workload(batch=32, context=512), Workload("prefill", 1, 256
 
 
 @settings(max_examples=40, deadline=None)
+@example(0, "a100", Workload(), {"memory_bytes": 0.9999999999999999})  # less than the rounding
 @given(
     st.integers(0, 99),
     st.sampled_from(DEVICES),
@@ -69,7 +72,8 @@ STEPS = [Workload(), Workload(batch=32, context=512), Workload("prefill", 1, 256
 def test_limits_are_never_exceeded_and_refusals_name_what_is_enough(seed, hw, workload, quantiles):
     plain, maps, taken = small(seed, hw, workload)
     limits = {name: float(np.quantile(taken[name], q)) for name, q in quantiles.items()}
-    inside = np.logical_and.reduce([taken[name] <= limits[name] for name in limits])
+    allowed = {name: limit * (1 + ROUNDING) for name, limit in limits.items()}
+    inside = np.logical_and.reduce([taken[name] <= allowed[name] for name in limits])
     additive = limits.keys() <= {"avg_bits", "memory_bytes"}
     try:
         problem = replace(plain, constraints=Constraints(**limits))

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dmpq.data import Windows
 from dmpq.experts import Experts
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 
 _PROBE_LENGTH: Final = 8
 
@@ -46,7 +46,7 @@ class Batch(Protocol):
     def targets(self) -> torch.Tensor:
         """int64 (R, 1), the right answers; a placeholder where none is known."""
 
-    def logits(self, moe: MoEModel) -> torch.Tensor:
+    def logits(self, moe: TextModel) -> torch.Tensor:
         """Run the model and return the rows, fp32 (R, classes)."""
 
     def answered(self, values: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ class Text(Protocol):
     def __len__(self) -> int:
         """Return the number of windows or examples."""
 
-    def batches(self, moe: MoEModel, *, tokens: int) -> Sequence[Batch]:
+    def batches(self, moe: TextModel, *, tokens: int) -> Sequence[Batch]:
         """Return fixed batches for a model, of so many tokens at most, or of one sequence."""
 
     def identity(self) -> tuple[str, bytes]:
@@ -93,7 +93,7 @@ class TextBatch:
     Attributes:
         ids: int64 (sequences, length).
         read: int64 (sequences, length as read), the tokens that logits follow
-            (:meth:`dmpq.moe.MoEModel.read`).
+            (:meth:`dmpq.moe.TextModel.read`).
     """
 
     ids: torch.Tensor
@@ -119,7 +119,7 @@ class TextBatch:
         """The next token; of a last one, a placeholder."""
         return self.read.roll(-1, 1).reshape(-1, 1)
 
-    def logits(self, moe: MoEModel) -> torch.Tensor:
+    def logits(self, moe: TextModel) -> torch.Tensor:
         """See :meth:`Batch.logits`."""
         return moe.logits(self.ids).flatten(0, 1)
 
@@ -161,7 +161,7 @@ class TextWindows:
     def __len__(self) -> int:
         return len(self.windows)
 
-    def batches(self, moe: MoEModel, *, tokens: int) -> Sequence[TextBatch]:
+    def batches(self, moe: TextModel, *, tokens: int) -> Sequence[TextBatch]:
         """See :meth:`Text.batches`."""
         rows = max(1, tokens // self.windows.shape[1])
         every = torch.from_numpy(self.windows).to(moe.model.device)

@@ -28,7 +28,7 @@ from dmpq.families import auto_class, find_containers, no_experts, refusal
 from dmpq.overrides import overridden
 from dmpq.spec import ModelSpec
 
-__all__ = ["Experts", "MoEModel", "load_model", "reference_path", "run_stacked"]
+__all__ = ["Experts", "MoEModel", "TextModel", "load_model", "reference_path", "run_stacked"]
 
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LANGUAGE_MODELLING: Final = "language modelling"
@@ -49,7 +49,66 @@ _REASONS: Final = {
 """What transformers means where it points at a report that it logs, and which is not shown."""
 
 
-class MoEModel:
+class TextModel:
+    """A transformers model that reads text, with experts or without.
+
+    Attributes:
+        model: As transformers loaded it, frozen.
+        name: What to call it in results.
+        revision: Revision of a hub model, where there is one.
+        containers: The experts that text can reach, in the order in which a forward runs them.
+    """
+
+    containers: tuple[Experts, ...] = ()
+
+    def __init__(self, model: PreTrainedModel, *, name: str, revision: str | None = None) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self.revision = revision
+
+    def read(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return the tokens that logits follow: each position's predict the next one's token.
+
+        Of an encoder-decoder, the encoder reads the first half of a window, and the decoder its
+        start token and the second half; of all others the window itself.
+
+        Args:
+            token_ids: int64 (sequences, length), windows of text.
+
+        Returns:
+            int64 (sequences, length), or (sequences, 1 + half the length).
+        """
+        if not self.model.config.is_encoder_decoder:
+            return token_ids
+        second = token_ids[:, token_ids.shape[1] // 2 :]
+        return torch.cat([torch.full_like(second[:, :1], self.decoder_start), second], 1)
+
+    @cached_property
+    def decoder_start(self) -> int:
+        """Token by which the decoder of an encoder-decoder starts."""
+        config = self.model.config.to_dict()
+        keys = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
+        return next((config[key] for key in keys if config.get(key) is not None), 0)
+
+    def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return next-token logits, fp32, of the tokens that :meth:`read` returns.
+
+        Args:
+            token_ids: int64 (sequences, length), windows of text.
+
+        Returns:
+            (sequences, length as read, vocabulary).
+        """
+        inputs = {"input_ids": token_ids}
+        if self.model.config.is_encoder_decoder:
+            inputs["input_ids"] = token_ids[:, : token_ids.shape[1] // 2]
+            inputs["decoder_input_ids"] = self.read(token_ids)
+        output = self.model(**inputs, use_cache=False)
+        logits: torch.Tensor = output.logits.float()
+        return logits
+
+
+class MoEModel(TextModel):
     """A transformers model with its experts found and its experts forward replaceable.
 
     Attributes:
@@ -70,9 +129,7 @@ class MoEModel:
         refused = refusal(model.config.model_type, name)
         if refused is not None:
             raise refused
-        self.model = model.eval().requires_grad_(False)
-        self.name = name
-        self.revision = revision
+        super().__init__(model, name=name, revision=revision)
         self.containers = find_containers(model)
         self.unread: tuple[Experts, ...] = ()
         if not self.containers:
@@ -142,47 +199,6 @@ class MoEModel:
         with overridden(modules, FORWARD, forwards):
             yield
 
-    def read(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return the tokens that logits follow: each position's predict the next one's token.
-
-        Of an encoder-decoder, the encoder reads the first half of a window, and the decoder its
-        start token and the second half; of all others the window itself.
-
-        Args:
-            token_ids: int64 (sequences, length), windows of text.
-
-        Returns:
-            int64 (sequences, length), or (sequences, 1 + half the length).
-        """
-        if not self.model.config.is_encoder_decoder:
-            return token_ids
-        second = token_ids[:, token_ids.shape[1] // 2 :]
-        return torch.cat([torch.full_like(second[:, :1], self.decoder_start), second], 1)
-
-    @cached_property
-    def decoder_start(self) -> int:
-        """Token by which the decoder of an encoder-decoder starts."""
-        config = self.model.config.to_dict()
-        keys = ("decoder_start_token_id", "pad_token_id", "bos_token_id")
-        return next((config[key] for key in keys if config.get(key) is not None), 0)
-
-    def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return next-token logits, fp32, of the tokens that :meth:`read` returns.
-
-        Args:
-            token_ids: int64 (sequences, length), windows of text.
-
-        Returns:
-            (sequences, length as read, vocabulary).
-        """
-        inputs = {"input_ids": token_ids}
-        if self.model.config.is_encoder_decoder:
-            inputs["input_ids"] = token_ids[:, : token_ids.shape[1] // 2]
-            inputs["decoder_input_ids"] = self.read(token_ids)
-        output = self.model(**inputs, use_cache=False)
-        logits: torch.Tensor = output.logits.float()
-        return logits
-
 
 def _text_tokens(config: Any) -> tuple[int, int]:
     """Return two token ids that stand for no picture, sound, or other placeholder."""
@@ -247,20 +263,58 @@ def load_model(
     Raises:
         InputError: If there is no such model, no network, no weights, or no experts.
     """
-    _check_device(device)
+    check_device(device)
+    dtype = torch.float32 if torch.device(device).type == "cpu" else None
+    model, tokenizer = load_transformer(
+        name, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code, head=head
+    )
+    moe = MoEModel(_moved(model, device), name=name, revision=revision)
+    check_weights(moe)
+    return moe, tokenizer
+
+
+def load_transformer(
+    name: str,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    head: str = LANGUAGE_MODELLING,
+    new_head: Mapping[str, Any] | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a checkpoint, with experts or without, and its tokenizer, from safetensors only.
+
+    Args:
+        name: As for :func:`load_model`.
+        dtype: Of the weights; ``None`` for that of the checkpoint.
+        revision: As for :func:`load_model`.
+        trust_remote_code: As for :func:`load_model`.
+        head: As for :func:`load_model`.
+        new_head: Entries of the configuration, such as ``id2label``, by which the model gets a
+            head of its own, at random where the checkpoint has none of that shape; ``None`` to
+            refuse a checkpoint that lacks any weight.
+
+    Raises:
+        InputError: If there is no such model, no network, or no weights.
+    """
     source, local = checkpoint_source(name, revision)
     options: dict[str, Any] = {
         "revision": revision,
         "local_files_only": local,
         "trust_remote_code": trust_remote_code,
     }
-    dtype: Any = torch.float32 if torch.device(device).type == "cpu" else "auto"
+    resized = {} if new_head is None else {"ignore_mismatched_sizes": True, **new_head}
     try:
         config = AutoConfig.from_pretrained(source, **options)
         _check_head(name, config, head)
         kind = auto_class(config) if head == LANGUAGE_MODELLING else HEADS[head]
         loaded: Any = kind.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            source,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+            **resized,
         )
     except InputError:
         raise
@@ -268,15 +322,27 @@ def load_model(
         raise _load_error(name, local, error) from error
     tokenizer = load_tokenizer(name, source, options)
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(set(report["missing_keys"]) - _of_the_head(model, new_head))
+    if missing:
         raise InputError(
             f"The checkpoint {name} lacks {len(missing)} of its weights, among them {missing[0]}; "
             "complete it, or they would be random."
         )
-    moe = MoEModel(model.to(device), name=name, revision=revision)
-    _check_weights(moe)
-    return moe, tokenizer
+    return model, tokenizer
+
+
+def _of_the_head(model: PreTrainedModel, new_head: Mapping[str, Any] | None) -> set[str]:
+    """Return the weights that a new head may have at random: all outside the base model."""
+    if new_head is None:
+        return set()
+    prefix = f"{model.base_model_prefix}."
+    return {key for key in model.state_dict() if not key.startswith(prefix)}
+
+
+def _moved(model: Any, device: str) -> PreTrainedModel:
+    """Return a model on a device; the types of ``to`` are lost behind a decorator."""
+    moved: PreTrainedModel = model.to(device)
+    return moved
 
 
 def load_tokenizer(name: str, source: str | Path, options: Mapping[str, Any]) -> Any:
@@ -299,7 +365,12 @@ def load_tokenizer(name: str, source: str | Path, options: Mapping[str, Any]) ->
         ) from error
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a torch device that cannot be used.
+
+    Raises:
+        InputError: If it cannot.
+    """
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # each backend raises its own
@@ -331,8 +402,12 @@ def _refuse_pickles(folder: str) -> None:
         )
 
 
-def _check_weights(moe: MoEModel) -> None:
-    """Refuse weights that would only fail later, and there without a reason."""
+def check_weights(moe: TextModel) -> None:
+    """Refuse weights that would only fail later, and there without a reason.
+
+    Raises:
+        InputError: If some are not finite, or the router's initial norms do not fit.
+    """
     for path, parameter in moe.model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dmpq.errors import InputError
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 from dmpq.tasks.columns import named, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
 from dmpq.tasks.labels import refuse_long, text_of
@@ -115,7 +115,7 @@ class MultipleChoice:
         place = torch.arange(len(letters), device=logits.device)
         return logits.masked_fill(place >= counts[:, None], _NOWHERE)
 
-    def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[int]:
+    def answers(self, moe: TextModel, batch: TaskBatch, logits: torch.Tensor) -> list[int]:
         """Return the likeliest choice of each example."""
         del moe, batch
         return [int(found) for found in logits.argmax(-1)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from dmpq.errors import InputError
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 from dmpq.tasks.columns import named, pair, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
 from dmpq.tasks.labels import class_of, refuse_long, text_of
@@ -78,7 +78,7 @@ class Classification:
         logits: torch.Tensor = output.logits
         return logits
 
-    def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[int]:
+    def answers(self, moe: TextModel, batch: TaskBatch, logits: torch.Tensor) -> list[int]:
         """Return the likeliest class of each example."""
         del moe, batch
         return [int(found) for found in logits.argmax(-1)]

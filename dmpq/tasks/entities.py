@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final
 import torch
 
 from dmpq.errors import InputError
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 from dmpq.tasks.columns import named, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
 from dmpq.tasks.labels import class_of, missing, refuse_long, text_of
@@ -80,7 +80,7 @@ class TokenClassification:
         logits: torch.Tensor = output.logits[batch.at()]
         return logits
 
-    def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[list[int]]:
+    def answers(self, moe: TextModel, batch: TaskBatch, logits: torch.Tensor) -> list[list[int]]:
         """Return the likeliest tag of each word of each example."""
         del moe
         found = iter(logits.argmax(-1).tolist())

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from dmpq.experts import Experts
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Task(Protocol):
     def rows(self, output: Any, batch: TaskBatch) -> torch.Tensor:
         """Return the rows of a model's output that are compared, (R, classes)."""
 
-    def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[Any]:
+    def answers(self, moe: TextModel, batch: TaskBatch, logits: torch.Tensor) -> list[Any]:
         """Return what the model answers to each example, given its rows."""
 
     def judge(self, answers: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
@@ -157,7 +157,7 @@ class TaskBatch:
         """All: every example has its right answers."""
         return len(self.targets)
 
-    def logits(self, moe: MoEModel) -> torch.Tensor:
+    def logits(self, moe: TextModel) -> torch.Tensor:
         """See :meth:`dmpq.batches.Batch.logits`."""
         inputs = {"input_ids": self.ids, "attention_mask": self.mask}
         if self.decoder is not None:
@@ -233,7 +233,7 @@ class Examples:
         """Number of examples, and tokens of the longest."""
         return len(self.examples), max((one.tokens for one in self.examples), default=0)
 
-    def batches(self, moe: MoEModel, *, tokens: int) -> Sequence[TaskBatch]:
+    def batches(self, moe: TextModel, *, tokens: int) -> Sequence[TaskBatch]:
         """Return fixed batches of examples of like length, in random order.
 
         Like lengths need little padding, and by the random order the first batches, which are all

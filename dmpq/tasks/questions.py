@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 import torch
 
 from dmpq.errors import InputError
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 from dmpq.tasks.columns import named, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
 from dmpq.tasks.labels import refuse_long, text_of
@@ -96,7 +96,7 @@ class QuestionAnswering:
         allowed[batch.at()] = True
         return both.masked_fill(~allowed[:, None], _NOWHERE).flatten(0, 1)
 
-    def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[str]:
+    def answers(self, moe: TextModel, batch: TaskBatch, logits: torch.Tensor) -> list[str]:
         """Return the text of the likeliest span of at most 30 tokens."""
         del moe
         found = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from dmpq.data import Draw, TokenRequest
 from dmpq.errors import InputError
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 from dmpq.tasks.choices import MultipleChoice
 from dmpq.tasks.classification import Classification
 from dmpq.tasks.columns import renamed
@@ -56,7 +56,7 @@ class TaskSplits:
     drawn: Draw
 
 
-def encoder_of(moe: MoEModel, tokenizer: Any, *, longest: int | None) -> Encoder:
+def encoder_of(moe: TextModel, tokenizer: Any, *, longest: int | None) -> Encoder:
     """Return what encoding needs of a model.
 
     Args:
@@ -90,7 +90,7 @@ def encoder_of(moe: MoEModel, tokenizer: Any, *, longest: int | None) -> Encoder
     )
 
 
-def _decoding(moe: MoEModel, tokenizer: Any) -> dict[str, Any]:
+def _decoding(moe: TextModel, tokenizer: Any) -> dict[str, Any]:
     """Return how the texts of an encoder-decoder begin.
 
     A tokenizer of many languages, as NLLB's, tells the one to translate into by ``tgt_lang``, and
@@ -108,7 +108,7 @@ def _decoding(moe: MoEModel, tokenizer: Any) -> dict[str, Any]:
     return {"start": moe.decoder_start, "forced": () if given is None else (given,)}
 
 
-def pad_of(moe: MoEModel, tokenizer: Any) -> int | None:
+def pad_of(moe: TextModel, tokenizer: Any) -> int | None:
     """Return the padding token: the model's, else the tokenizer's, which the model then takes.
 
     A model for sequence classification finds the last token of a text by it.
@@ -123,7 +123,7 @@ def pad_of(moe: MoEModel, tokenizer: Any) -> int | None:
 def load_task_splits(
     name: str,
     dataset: str,
-    moe: MoEModel,
+    moe: TextModel,
     tokenizer: Any,
     *,
     tokens: TokenRequest,

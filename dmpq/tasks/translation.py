@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final
 import torch
 
 from dmpq.errors import InputError
-from dmpq.moe import MoEModel
+from dmpq.moe import TextModel
 from dmpq.tasks.columns import named, usual
 from dmpq.tasks.examples import Encoder, Example, TaskBatch
 from dmpq.tasks.labels import missing, refuse_long, text_of
@@ -96,7 +96,7 @@ class Translation:
         logits: torch.Tensor = output.logits[batch.at()]
         return logits
 
-    def answers(self, moe: MoEModel, batch: TaskBatch, logits: torch.Tensor) -> list[list[int]]:
+    def answers(self, moe: TextModel, batch: TaskBatch, logits: torch.Tensor) -> list[list[int]]:
         """Return the tokens generated after each prompt, greedily, without end-of-text."""
         del logits
         if self.encoder.start is not None:
@@ -120,7 +120,7 @@ class Translation:
         )
         return _ended(made[:, length:], end)
 
-    def _decoded(self, moe: MoEModel, batch: TaskBatch) -> list[list[int]]:
+    def _decoded(self, moe: TextModel, batch: TaskBatch) -> list[list[int]]:
         """Return what the decoder says greedily after its start and forced tokens."""
         first = batch.examples[0]
         begin, end = first.decoder[: first.at[0] + 1], first.targets[-1]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import torch
 import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
-from dmpq.adapters import adapted_containers
+from dmpq.adapters import adaptable, adapted_containers
 from dmpq.errors import InputError
-from dmpq.experts import Experts, interface_containers
+from dmpq.experts import Experts, interface_containers, router_of
 from dmpq.hf_config import EXPERT_COUNTS
 from dmpq.installed import REFUSED
 
@@ -26,6 +27,18 @@ AUTO_CLASSES: Final = (
 def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
     """Return the containers of routed experts of a model, in the order of its modules."""
     return tuple(interface_containers(model) or adapted_containers(model))
+
+
+def routers_of(model: PreTrainedModel) -> dict[str, torch.Tensor | None]:
+    """Return the router's weight (E, hidden) beside each container, by the container's path.
+
+    ``None`` where it is no single matrix in the usual place. No adapter is put into the model:
+    experts that one runs have no gradient.
+    """
+    inside = {experts.path: experts.router for experts in interface_containers(model)}
+    return inside or {
+        path: router_of(model, path, module.num_experts) for path, module in adaptable(model)
+    }
 
 
 def auto_class(config: Any) -> Any:

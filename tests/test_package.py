@@ -100,6 +100,7 @@ FLOORS = [
     {"problem", "shadow_prices"},
     {"envs", "session", "config", "checks"},
     {"agents"},
+    {"training"},
     {"testing", "report", "console", "guard", "run_folder", "hardware.loop", "provenance"},
     {"engines.row"},
     {"hardware.files", "hardware.tables", "referee.referee"},

@@ -26,15 +26,18 @@ _ADAPTERS: Final[dict[str, Any]] = {
 """By the class that holds a family's experts, what makes :class:`StackedExperts` of one."""
 
 
+def adaptable(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the experts modules of families outside the interface, by path, as they are."""
+    return [item for item in model.named_modules() if type(item[1]).__name__ in _ADAPTERS]
+
+
 def adapted_containers(model: nn.Module) -> list[Experts]:
     """Return the containers of families outside the interface, in the order of modules.
 
     A model may be adapted once more: its experts are then those of the first time.
     """
     found = []
-    for path, module in list(model.named_modules()):
-        if type(module).__name__ not in _ADAPTERS:
-            continue
+    for path, module in adaptable(model):
         attached = getattr(vars(module).get("forward"), "__self__", None)
         if not isinstance(attached, StackedExperts):
             attached = _ADAPTERS[type(module).__name__](model, path)

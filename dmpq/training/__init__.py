@@ -1,0 +1,1 @@
+"""Training: mixed precision, sparse upcycling, quantization-aware training, co-design."""

@@ -16,7 +16,14 @@ from dmpq.quantizer import Quantizer
 _DEFAULT_AVG_BITS: Final = 3.0
 
 
-def _option(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+def option(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+    """Return a dataclass field that is also a flag of a command.
+
+    Args:
+        default: Of both.
+        help_text: Of the flag.
+        choices: The values allowed; ``None`` for any.
+    """
     return field(default=default, metadata={"help": help_text, "choices": choices})
 
 
@@ -27,87 +34,85 @@ class SearchConfig:
     Limits are upper limits in the units of their names; where none is given, ``avg_bits`` is 3.
     """
 
-    hw: str = _option(
+    hw: str = option(
         "a100", "device, DEVICE/STACK, host or cuda (this machine, measured), or a file (.json)"
     )
-    model: str = _option("reference", "'reference', a local checkpoint folder, or a hub id")
-    revision: str | None = _option(None, "revision of a hub model")
-    dataset: str = _option("embedded", "'embedded', a local file or folder, or a hub name")
-    bits: str = _option(
+    model: str = option("reference", "'reference', a local checkpoint folder, or a hub id")
+    revision: str | None = option(None, "revision of a hub model")
+    dataset: str = option("embedded", "'embedded', a local file or folder, or a hub name")
+    bits: str = option(
         "2,3,4,8,16", "formats on offer, as in 2,3,4,8,16 or 2g32,4; 0 prunes experts"
     )
-    group_sizes: str | None = _option(
+    group_sizes: str | None = option(
         None, "weights per scale, as in 32,64,128: each width is offered with every one"
     )
-    quantizer: str = _option(
+    quantizer: str = option(
         "hqq",
         "how weights are quantized: rtn, hqq or gptq; with a low-rank compensator, as in hqq+lr8; "
         "gptq with options, as in gptq,tokens=4096,affinity,balanced; gptq,ebss for text that the "
         "model writes",
     )
-    symmetric: bool = _option(False, "symmetric codes, without zero-points")
-    serve: str = _option(
+    symmetric: bool = option(False, "symmetric codes, without zero-points")
+    serve: str = option(
         "expert", "what shares one format when served", ("expert", "projection", "layer")
     )
-    avg_bits: float | None = _option(
+    avg_bits: float | None = option(
         None, "limit on effective bits per expert weight (3 where no limit is given)"
     )
-    memory_gb: float | None = _option(None, "limit on memory, GB of 1e9 bytes")
-    latency_ms: float | None = _option(None, "limit on the time of a step, milliseconds")
-    energy_j: float | None = _option(None, "limit on the energy of a step, joules")
-    weights: str = _option("acc=1,lat=0.1,mem=0.1,eng=0.1", "weights of the reward's terms")
-    agent: str = _option(
+    memory_gb: float | None = option(None, "limit on memory, GB of 1e9 bytes")
+    latency_ms: float | None = option(None, "limit on the time of a step, milliseconds")
+    energy_j: float | None = option(None, "limit on the energy of a step, joules")
+    weights: str = option("acc=1,lat=0.1,mem=0.1,eng=0.1", "weights of the reward's terms")
+    agent: str = option(
         "ppo",
         "agent by name, or module:Class for your own; with options, as in ppo,samples=8 (python "
         "-m dmpq.agents show ppo lists them)",
     )
-    policy: str | None = _option(
+    policy: str | None = option(
         None, "policy, a folder, that ppo goes on from; with --evaluations 1 its own map"
     )
-    evaluations: int = _option(64, "true evaluations that the agent may ask for")
-    seed: int = _option(0, "seed of the calibration draw and of the agent")
-    phase: str = _option("decode", "workload: what a step is", ("decode", "prefill"))
-    batch: int = _option(1, "workload: sequences per step")
-    context: int = _option(2048, "workload: tokens of context per sequence")
-    cost_geometry: str | None = _option(
+    evaluations: int = option(64, "true evaluations that the agent may ask for")
+    seed: int = option(0, "seed of the calibration draw and of the agent")
+    phase: str = option("decode", "workload: what a step is", ("decode", "prefill"))
+    batch: int = option(1, "workload: sequences per step")
+    context: int = option(2048, "workload: tokens of context per sequence")
+    cost_geometry: str | None = option(
         None,
         "model at whose widths costs are computed, a name or config.json; 'own' for the model's "
         "own (default: olmoe-1b-7b for the reference model, else own)",
     )
-    profile: str | None = _option(None, "search on a saved profile, made by an earlier run")
-    signal: str = _option(
+    profile: str | None = option(None, "search on a saved profile, made by an earlier run")
+    signal: str = option(
         "sensitivity",
         "what tells experts apart: every variant evaluated, or gradients of one pass over it all; "
         "with --task, 'task' evaluates maps by the task's metric in place of the KL",
         ("sensitivity", "gradient", "task"),
     )
-    profile_tokens: int = _option(8192, "calibration tokens for the profile")
-    search_tokens: int = _option(65536, "calibration tokens per evaluation")
-    selection_tokens: int = _option(65536, "fresh calibration tokens for the final choice")
-    further_tokens: int = _option(
+    profile_tokens: int = option(8192, "calibration tokens for the profile")
+    search_tokens: int = option(65536, "calibration tokens per evaluation")
+    selection_tokens: int = option(65536, "fresh calibration tokens for the final choice")
+    further_tokens: int = option(
         524288,
         "more calibration tokens, or what there is: ppo reads them where an evaluation has 8192 "
         "or fewer",
     )
-    heldout_tokens: int = _option(65536, "held-out tokens for the report")
-    sequence_length: int | None = _option(
-        None, "tokens per window (default: the model's, <= 2048)"
-    )
-    bank_memory_gb: float = _option(8.0, "keep variants dequantized up to this much memory")
-    device: str = _option("cpu", "torch device that evaluates bit maps")
-    threads: int | None = _option(None, "CPU threads (default: torch's choice)")
-    trust_remote_code: bool = _option(False, "let code that comes with a checkpoint run")
-    measure_every: int | None = _option(
+    heldout_tokens: int = option(65536, "held-out tokens for the report")
+    sequence_length: int | None = option(None, "tokens per window (default: the model's, <= 2048)")
+    bank_memory_gb: float = option(8.0, "keep variants dequantized up to this much memory")
+    device: str = option("cpu", "torch device that evaluates bit maps")
+    threads: int | None = option(None, "CPU threads (default: torch's choice)")
+    trust_remote_code: bool = option(False, "let code that comes with a checkpoint run")
+    measure_every: int | None = option(
         None, "with host or cuda: measure every K-th new map as a whole, and correct the costs"
     )
-    tdp_w: float | None = _option(
+    tdp_w: float | None = option(
         None, "with cuda: board power, watts, where the GPU's energy counter cannot be read"
     )
-    engine: str | None = _option(
+    engine: str | None = option(
         None, "add a row: the nearest map that this engine loads (see python -m dmpq.export)"
     )
-    explain: bool = _option(False, "show where the time, bytes and energy of the agent's map go")
-    task: str | None = _option(
+    explain: bool = option(False, "show where the time, bytes and energy of the agent's map go")
+    task: str | None = option(
         None,
         "what the model is for, and is judged by on --dataset (default: next tokens)",
         (
@@ -118,20 +123,16 @@ class SearchConfig:
             "multiple-choice",
         ),
     )
-    text_column: str | None = _option(
+    text_column: str | None = option(
         None, "with --task: column of the texts, or two with a comma (default: the usual names)"
     )
-    label_column: str | None = _option(
+    label_column: str | None = option(
         None, "with --task: column of labels, answers or targets (default: the usual names)"
     )
-    out: str | None = _option(None, "output folder (default: runs/ and a name of its own)")
+    out: str | None = option(None, "output folder (default: runs/ and a name of its own)")
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            choices, value = option.metadata["choices"], getattr(self, option.name)
-            optional = option.default is None and value is None
-            if choices is not None and value not in choices and not optional:
-                raise unknown(_flag(option.name), value, choices)
+        check_choices(self)
         Quantizer.parse(self.quantizer)
         self._check_task()
 
@@ -195,28 +196,44 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_options(parser: argparse.ArgumentParser, *, left_out: Sequence[str] = ()) -> None:
-    """Add one flag per field of :class:`SearchConfig`, with its default and its help.
+def check_choices(config: Any) -> None:
+    """Refuse a value that an option of a configuration does not offer.
+
+    Raises:
+        InputError: With the flag, the value and what is allowed.
+    """
+    for one in fields(config):
+        choices, value = one.metadata["choices"], getattr(config, one.name)
+        optional = one.default is None and value is None
+        if choices is not None and value not in choices and not optional:
+            raise unknown(_flag(one.name), value, choices)
+
+
+def add_options(
+    parser: argparse.ArgumentParser, kind: type = SearchConfig, *, left_out: Sequence[str] = ()
+) -> None:
+    """Add one flag per field of a configuration, with its default and its help.
 
     Args:
         parser: Where to.
+        kind: The configuration, a dataclass of :func:`option` fields.
         left_out: Fields that keep their defaults.
     """
-    hints = get_type_hints(SearchConfig)
-    for option in fields(SearchConfig):
-        if option.name in left_out:
+    hints = get_type_hints(kind)
+    for one in fields(kind):
+        if one.name in left_out:
             continue
-        flag = _flag(option.name)
-        text, choices = option.metadata["help"], option.metadata["choices"]
-        if hints[option.name] is bool:
+        flag = _flag(one.name)
+        text, choices = one.metadata["help"], one.metadata["choices"]
+        if hints[one.name] is bool:
             parser.add_argument(flag, action="store_true", help=text)
             continue
-        name = option.name.rpartition("_")[2]
-        shown = "" if option.default is None else " (default: %(default)s)"
+        name = one.name.rpartition("_")[2]
+        shown = "" if one.default is None else " (default: %(default)s)"
         parser.add_argument(
             flag,
-            type=_parser_of(hints[option.name]),
-            default=option.default,
+            type=_parser_of(hints[one.name]),
+            default=one.default,
             metavar=f"{{{','.join(choices)}}}" if choices else name.upper(),
             help=text + shown,
         )
@@ -231,6 +248,10 @@ def _parser_of(hint: Any) -> Any:
 
 def from_arguments(arguments: argparse.Namespace) -> SearchConfig:
     """Return the configuration that the parsed flags describe."""
+    return SearchConfig(**chosen(arguments, SearchConfig))
+
+
+def chosen(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return what parsed flags say of the fields of a configuration."""
     given = vars(arguments)
-    names = (option.name for option in fields(SearchConfig) if option.name in given)
-    return SearchConfig(**{name: given[name] for name in names})
+    return {one.name: given[one.name] for one in fields(kind) if one.name in given}

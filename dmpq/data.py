@@ -184,6 +184,40 @@ def load_splits(
     return replace(splits, calibration=pool[calibrating], calibrating=draw)
 
 
+def training_text(dataset: str) -> tuple[list[str], str]:
+    """Return texts to train on, and what they are in words; none of them is held out.
+
+    Of the embedded text those of the modules that the bundled model was trained on; of any other
+    what :func:`load_splits` has for calibration.
+
+    Args:
+        dataset: As for :func:`load_splits`.
+
+    Raises:
+        InputError: If the text cannot be read.
+    """
+    if dataset == "embedded":
+        texts = [document.text for document in embedded.side_documents("train")]
+        return texts, "embedded (the standard library's training modules)"
+    calibration, _, source = _read(dataset)
+    return calibration, source
+
+
+def token_stream(texts: Sequence[str], tokenizer: Any) -> NDArray[np.int64]:
+    """Return the token ids of texts on end, int64 (tokens,).
+
+    Each is closed by end-of-text, or a line's end where the tokenizer has no such token.
+
+    Args:
+        texts: One or more.
+        tokenizer: A Hugging Face tokenizer.
+
+    Raises:
+        InputError: If the tokenizer knows no text.
+    """
+    return np.concatenate(_pieces(texts, tokenizer))
+
+
 def redrawn(dataset: str, tokenizer: Any, draw: Draw) -> Windows:
     """Return the windows that an earlier draw took, in their order in the text.
 
@@ -239,15 +273,10 @@ def _too_short(dataset: str, role: str, have: int, need: int, length: int) -> In
     )
 
 
-def _windows(
-    texts: Sequence[str], tokenizer: Any, length: int
-) -> tuple[Windows, NDArray[np.int64], str]:
-    """Tokenize, close each text, and cut into windows; the rest is dropped.
+def _pieces(texts: Sequence[str], tokenizer: Any) -> list[NDArray[np.int64]]:
+    """Tokenize and close each text.
 
     A text is closed by end-of-text, or a line's end where the tokenizer has no such token.
-
-    Returns the windows, the number of the text in which each begins, and the SHA-256 of all token
-    ids.
 
     Raises:
         InputError: If the tokenizer knows no text, as one whose files are missing.
@@ -268,6 +297,18 @@ def _windows(
             "text: its vocabulary is missing; put the checkpoint's tokenizer files "
             "(tokenizer.json, or tokenizer.model) into its folder."
         )
+    return pieces
+
+
+def _windows(
+    texts: Sequence[str], tokenizer: Any, length: int
+) -> tuple[Windows, NDArray[np.int64], str]:
+    """Tokenize, close each text, and cut into windows; the rest is dropped.
+
+    Returns the windows, the number of the text in which each begins, and the SHA-256 of all token
+    ids.
+    """
+    pieces = _pieces(texts, tokenizer)
     stream = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
     whole = len(stream) // length
     digest = hashlib.sha256(stream.tobytes()).hexdigest()

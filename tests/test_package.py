@@ -100,9 +100,9 @@ FLOORS = [
     {"problem", "shadow_prices"},
     {"envs", "session", "config", "checks"},
     {"agents"},
-    {"training"},
     {"testing", "report", "console", "guard", "run_folder", "hardware.loop", "provenance"},
     {"engines.row"},
+    {"training"},
     {"hardware.files", "hardware.tables", "referee.referee"},
     {"referee.standings"},
     {
@@ -124,6 +124,7 @@ FLOORS = [
         "pretrain",
         "sweep",
         "export",
+        "train",
     },
     {"models"},
 ]

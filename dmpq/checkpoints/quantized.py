@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from dmpq.errors import InputError
 from dmpq.experts import Experts
 from dmpq.files import JsonLines, goes_on, locked, replace_atomically
 from dmpq.formats import Format
-from dmpq.quantization import quantize
+from dmpq.quantization import QuantizedTensor, quantize
 
 LARGEST_SHARD: Final = 5 * 10**9
 """Bytes, as transformers has it."""
@@ -58,6 +58,8 @@ class QuantizedCheckpoint:
         factors: Gives what calibrates an expert, by the layer's ordinal and its index there
             (:meth:`dmpq.calibration.Calibration.factors`); only where the map's quantizer is
             calibrated.
+        given: Gives an expert's matrices as they are quantized already, likewise; ``None`` for
+            those at 16 bits. Without it the map's quantizer makes them of the weights.
 
     Raises:
         InputError: If the map is of other experts, or its quantizer lacks what calibrates it.
@@ -67,6 +69,7 @@ class QuantizedCheckpoint:
     source: Checkpoint
     largest_shard: int = LARGEST_SHARD
     factors: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    given: Callable[[int, int], Sequence[QuantizedTensor | None]] | None = None
 
     def __post_init__(self) -> None:
         if self.bitmap.menu.method.calibrated and self.factors is None:
@@ -271,7 +274,9 @@ class QuantizedCheckpoint:
                 key, row = rows[side][index]
                 fmt, weight = Format.parse(key), self.source.expert(experts, name, index)
                 quantized = None
-                if not fmt.is_full:
+                if self.given is not None:
+                    quantized = self.given(number, index)[side]
+                elif not fmt.is_full:
                     factor = None if factors is None else factors[side]
                     quantized = quantize(weight, fmt, layer.menu, factor=factor)
                 for part, values in stored_parts(weight, quantized, layer.menu).items():

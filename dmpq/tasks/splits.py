@@ -154,12 +154,17 @@ def load_task_splits(
     Raises:
         InputError: If the data cannot be read, or does not suit the model.
     """
-    task: Task = TASKS[name](encoder_of(moe, tokenizer, longest=length))
-    pad = pad_of(moe, tokenizer)
-    assert pad is not None
-    tables = read_tables(dataset)
-    columns = task.columns(tables.columns, text=text_column, label=label_column, where=dataset)
-    pool = _encoded(task, tables.calibration, columns, tables)
+    read = encode_tables(
+        name,
+        read_tables(dataset),
+        moe,
+        tokenizer,
+        dataset=dataset,
+        length=length,
+        text_column=text_column,
+        label_column=label_column,
+    )
+    task, pad, pool, rest = read.task, read.pad, read.calibration, read.heldout
     digest = hashlib.sha256(Examples(task, tuple(pool), pad).identity()[1]).hexdigest()
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(pool))
@@ -174,7 +179,6 @@ def load_task_splits(
                 f"The data {dataset!r} has too few calibration examples ({len(order)}) to give "
                 f"the {role} any; give more."
             )
-    rest = _encoded(task, tables.heldout, columns, tables)
     fixed = np.random.default_rng(0).permutation(len(rest))
     ((_, end),) = _dealt([rest[i].tokens for i in fixed], (tokens.heldout,))
     heldout = [rest[i] for i in np.sort(fixed[:end])]
@@ -187,10 +191,111 @@ def load_task_splits(
         search=search,
         selection=selection,
         heldout=held,
-        source=f"{tables.source}; examples: {len(profile):,} profile, {len(search):,} search, "
+        source=f"{read.source}; examples: {len(profile):,} profile, {len(search):,} search, "
         f"{len(selection):,} selection, {len(held):,} held-out",
         drawn=Draw(digest, 1, tuple(sorted(parts[0].tolist()))),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedTables:
+    """A task's data as a model reads it.
+
+    Attributes:
+        task: Of the examples.
+        pad: Id of the padding token.
+        calibration: Examples to learn or to search by.
+        heldout: Examples that are reported on.
+        source: What the data is, in words.
+    """
+
+    task: Task
+    pad: int
+    calibration: list[Example]
+    heldout: list[Example]
+    source: str
+
+
+def encode_tables(
+    name: str,
+    tables: Tables,
+    moe: TextModel,
+    tokenizer: Any,
+    *,
+    dataset: str,
+    length: int | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> EncodedTables:
+    """Return all examples of a task's data.
+
+    Args:
+        name: Of the task.
+        tables: The data.
+        moe: The model, with the task's head.
+        tokenizer: Its tokenizer.
+        dataset: What to call the data in errors.
+        length: As for :func:`load_task_splits`.
+        text_column: As for :func:`load_task_splits`.
+        label_column: As for :func:`load_task_splits`.
+
+    Raises:
+        InputError: If the data does not suit the model.
+    """
+    task: Task = TASKS[name](encoder_of(moe, tokenizer, longest=length))
+    pad = pad_of(moe, tokenizer)
+    assert pad is not None
+    columns = task.columns(tables.columns, text=text_column, label=label_column, where=dataset)
+    return EncodedTables(
+        task,
+        pad,
+        _encoded(task, tables.calibration, columns, tables),
+        _encoded(task, tables.heldout, columns, tables),
+        tables.source,
+    )
+
+
+def label_names(
+    name: str,
+    tables: Tables,
+    *,
+    dataset: str,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[str, ...]:
+    """Return the classes that a task's data has, in order: what a new head is made for.
+
+    Numbered classes have the names that the data set gives them; others are sorted.
+
+    Args:
+        name: Of the task, one with a head of classes.
+        tables: The data.
+        dataset: What to call it in errors.
+        text_column: As for :func:`load_task_splits`.
+        label_column: As for :func:`load_task_splits`.
+
+    Raises:
+        InputError: If there is no such column, or there are fewer than two classes.
+    """
+    bare: Task = TASKS[name](Encoder(None, {}, 0, 0))
+    columns = bare.columns(tables.columns, text=text_column, label=label_column, where=dataset)
+    column = columns["tags" if "tags" in columns else "label"]
+    if column in tables.classes:
+        return tuple(tables.classes[column])
+    values = [row[column] for row in (*tables.calibration, *tables.heldout)]
+    flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    names = {str(one).strip() for one in flat}
+    if len(names) < 2:
+        raise InputError(
+            f"The column {column!r} of {dataset} holds one class alone ({', '.join(names)}); give "
+            "data with two or more, or name another with --label-column."
+        )
+    return tuple(sorted(names, key=_by_number))
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    """Return what sorts classes: numbers by value, names after them by letters."""
+    return (int(name), "") if name.isdecimal() else (2**31, name)
 
 
 def _dealt(lengths: Sequence[int], asked: Sequence[int]) -> list[tuple[int, int]]:

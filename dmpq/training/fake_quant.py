@@ -66,7 +66,7 @@ def run_weights(
         (T, H), of the dtype of ``hidden``.
     """
     dtype = autocast_dtype(hidden.device) or weights[0].dtype
-    up, down = (weight.to(dtype) for weight in weights)
+    up, down = (experts.laid_out(weight.to(dtype)) for weight in weights)
     view = experts.stacked(up, down, gaps=gaps)
     return run_stacked(view, hidden.to(dtype), index, routing).to(hidden.dtype)
 

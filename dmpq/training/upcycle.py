@@ -185,9 +185,12 @@ def _carry_over(model: PreTrainedModel, sparse: PreTrainedModel) -> None:
     """Copy all weights beside the feed-forward blocks that became experts."""
     own, given = sparse.state_dict(), model.state_dict()
     fresh = {path.rpartition(".")[0] for path in routers_of(sparse)}
+    own_base, given_base = f"{sparse.base_model_prefix}.", f"{model.base_model_prefix}."
     for name, value in own.items():
-        if name in given:
-            value.copy_(given[name])
+        # The base model has another name under Llama's question answering than under Mixtral's.
+        there = name if name in given else given_base + name.removeprefix(own_base)
+        if there in given:
+            value.copy_(given[there])
         elif not any(name.startswith(f"{block}.") for block in fresh):
             raise InputError(
                 f"The dense model has no {name}, which the new one needs; this version of "

@@ -108,7 +108,8 @@ class FeedForward:
 
         A gated block goes whole. Of others, what comes before the down projection hands its input
         on, and the experts stand in that projection's place: dropout, residual and norm, which
-        some families keep in the same module, stay as they are.
+        some families keep in the same module, stay as they are. Dropout between an activation and
+        the down projection (ModernBERT's ``mlp_dropout``, 0 by default) has no place in experts.
         """
         up, down = self.matrices(layer)
         block = SparseFeedForward(
@@ -193,12 +194,13 @@ class UpcycledConfig(PreTrainedConfig):
     own code is built by this one.
 
     Attributes:
-        dense: The dense model's own configuration.
-        moe_layers: Indices of the layers with experts.
+        dense: The dense model's own configuration, or its values as a dict with a model type.
+        moe_layers: Indices of the layers with experts; ``None`` for all.
         num_experts: Experts in each of these, E.
         num_experts_per_tok: Experts that each token selects, k.
-        moe_intermediate_size: Width inside an expert, which is that of the dense blocks.
-        experts_gated: Whether experts have a gate beside the up projection.
+        moe_intermediate_size: Width inside an expert, as costs are told by the configuration
+            alone; a model takes that of its dense blocks.
+        experts_gated: Whether experts have a gate beside the up projection, told by the family.
         capacity_factor: In training, an expert takes at most ``ceil(factor * tokens * k / E)``
             selections of a forward; ``None`` for all of them.
     """
@@ -210,8 +212,8 @@ class UpcycledConfig(PreTrainedConfig):
     moe_layers: list[int] | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 0
-    experts_gated: bool = False
+    moe_intermediate_size: int | None = None
+    experts_gated: bool | None = None
     capacity_factor: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -223,10 +225,13 @@ class UpcycledConfig(PreTrainedConfig):
             values = {key: value for key, value in given.items() if key != "model_type"}
             self.dense = CONFIG_MAPPING[family](**values)
         if self.dense is not None:
+            self.experts_gated = feed_forward(self.dense.model_type).gated
+            width = self.moe_intermediate_size or getattr(self.dense, "intermediate_size", None)
+            self.moe_intermediate_size = width
+            kwargs.setdefault("intermediate_size", width)
             for key in _GEOMETRY:
                 if (value := getattr(self.dense, key, None)) is not None:
                     kwargs.setdefault(key, value)
-            kwargs.setdefault("intermediate_size", self.moe_intermediate_size)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
@@ -404,7 +409,8 @@ class _Sparse:
         config._experts_implementation = model.get_correct_experts_implementation(asked)
         where = feed_forward(config.dense.model_type)
         layers: Any = model.base_model.get_submodule(where.layers)
-        for index in config.moe_layers or ():
+        chosen = config.moe_layers
+        for index in range(len(layers)) if chosen is None else chosen:
             where.put(layers[index], config)
 
     def initialize_weights(self) -> None:

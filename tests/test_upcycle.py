@@ -403,6 +403,23 @@ def test_the_geometry_is_that_of_the_weights(tmp_path):
     assert len(told.moe_layers) == 1
 
 
+def test_a_model_of_experts_can_start_from_scratch():
+    values = TINY | {"model_type": "bert", "hidden_act": "relu"}
+    names = {field.name for field in dataclasses.fields(BertConfig)} | {"model_type"}
+    values = {key: value for key, value in values.items() if key in names}
+    config = UpcycledConfig(dense=values, num_experts=4, num_experts_per_tok=1, num_labels=5)
+    assert (config.experts_gated, config.intermediate_size, config.hidden_act) == (
+        False,
+        48,
+        "relu",
+    )
+    model = AutoModelForTokenClassification.from_config(config)
+    assert len(find_containers(model)) == LAYERS
+    assert run(model)[0].shape == (*IDS.shape, 5)
+    spec = type(MoEModel(model, name="x").spec).from_config(config.to_dict(), name="tiny")
+    assert [layer.intermediate_size for layer in spec.moe_layers] == [48] * LAYERS
+
+
 def test_a_decoder_generates_what_the_dense_one_does():
     model = dense("qwen2")
     sparse = upcycle(model, experts=4, top_k=2)

@@ -159,7 +159,6 @@ def _registered(model: PreTrainedModel, where: FeedForward, layer: nn.Module) ->
     return UpcycledConfig(
         dense=type(dense).from_dict(dense.to_dict()),
         moe_intermediate_size=where.matrices(layer)[1].shape[1],
-        experts_gated=where.gated,
         **{name: getattr(dense, name) for name in shared},
     )
 

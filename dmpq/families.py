@@ -14,6 +14,7 @@ from dmpq.errors import InputError
 from dmpq.experts import Experts, interface_containers, router_of
 from dmpq.hf_config import EXPERT_COUNTS
 from dmpq.installed import REFUSED
+from dmpq.upcycled import MODEL_TYPE as UPCYCLED
 
 AUTO_CLASSES: Final = (
     "AutoModelForCausalLM",
@@ -22,6 +23,12 @@ AUTO_CLASSES: Final = (
     "AutoModelForTokenClassification",
 )
 """What may load a checkpoint, the first that knows its family."""
+_UPCYCLED_TOO: Final = (
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForQuestionAnswering",
+)
+"""What loads upcycled models beside them, where it wrote them."""
 
 
 def find_containers(model: PreTrainedModel) -> tuple[Experts, ...]:
@@ -47,7 +54,8 @@ def auto_class(config: Any) -> Any:
     The one that a checkpoint was written by, where its config names it; else a family with a
     text-only form is taken in that form, and others with their vision or audio parts.
     """
-    kinds = [getattr(transformers, name) for name in AUTO_CLASSES]
+    names = AUTO_CLASSES + (_UPCYCLED_TOO if config.model_type == UPCYCLED else ())
+    kinds = [getattr(transformers, name) for name in names]
     able = [kind for kind in kinds if type(config) in kind._model_mapping]
     written_by = config.architectures or ()
     named = (kind for kind in able if kind._model_mapping[type(config)].__name__ in written_by)

@@ -171,7 +171,8 @@ def expert_hidden(config: Mapping[str, Any], hidden: int) -> int:
 
 def gated(config: Mapping[str, Any]) -> bool:
     """Return whether the experts have a gate beside the up projection."""
-    return config.get("model_type") not in UNGATED
+    own = config.get("experts_gated")
+    return config.get("model_type") not in UNGATED if own is None else bool(own)
 
 
 def latent_width(config: Mapping[str, Any]) -> int:

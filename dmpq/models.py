@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(
         prog="python -m dmpq.models",
         description="The MoE families of the installed transformers, and how each is supported. "
-        "All but the refused ones can be searched, and packed by python -m dmpq.apply.",
+        "All but the refused ones can be searched, and packed by python -m dmpq.apply; so can "
+        "dense models that sparse upcycling gave experts (dmpq_upcycled), shown by their folder.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -66,6 +66,7 @@ FLOORS = [
         "checkpoints.tensor_files",
         "engines.rules",
         "installed",
+        "upcycled",
     },
     {"hf_config"},
     {"spec"},

@@ -322,19 +322,23 @@ def load_transformer(
         raise _load_error(name, local, error) from error
     tokenizer = load_tokenizer(name, source, options)
     model, report = loaded
-    missing = sorted(set(report["missing_keys"]) - _of_the_head(model, new_head))
+    head_keys = _of_the_head(model)
+    missing = sorted(set(report["missing_keys"]) - (set() if new_head is None else head_keys))
     if missing:
-        raise InputError(
+        refused = HeadMissingError if set(missing) <= head_keys else InputError
+        raise refused(
             f"The checkpoint {name} lacks {len(missing)} of its weights, among them {missing[0]}; "
             "complete it, or they would be random."
         )
     return model, tokenizer
 
 
-def _of_the_head(model: PreTrainedModel, new_head: Mapping[str, Any] | None) -> set[str]:
-    """Return the weights that a new head may have at random: all outside the base model."""
-    if new_head is None:
-        return set()
+class HeadMissingError(InputError):
+    """A checkpoint has all weights but those of the head that it was to be loaded with."""
+
+
+def _of_the_head(model: PreTrainedModel) -> set[str]:
+    """Return the names of the weights outside the base model."""
     prefix = f"{model.base_model_prefix}."
     return {key for key in model.state_dict() if not key.startswith(prefix)}
 

@@ -1,4 +1,4 @@
-"""``python -m dmpq.train qat | codesign | finetune``: train models with experts."""
+"""``python -m dmpq.train qat | codesign | finetune | upcycle``: train models with experts."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ _WRITTEN: Final = ("model", "training", "summary.json", "bitmap.json", "quantize
 _EXAMPLES: Final = """examples:
   python -m dmpq.train qat runs/.../bitmap.json --distillation 1
   python -m dmpq.train codesign --avg-bits 2.5 --rounds 3
+  python -m dmpq.train upcycle --model path/to/dense --experts 8 --top-k 2 --out moe
   python -m dmpq.train finetune --model moe --task classification --dataset data/ \\
       --new-head --precision bf16
 
@@ -66,6 +67,28 @@ def _parser() -> argparse.ArgumentParser:
     add_options(codesign, CodesignConfig, left_out=("maps", "ranges", "train", "control"))
     finetune = commands.add_parser("finetune", help="train in mixed precision")
     add_options(finetune, FinetuneConfig)
+    upcycle = commands.add_parser("upcycle", help="make a dense model one with experts")
+    upcycle.add_argument("--model", required=True, help="a dense checkpoint's folder, or a hub id")
+    upcycle.add_argument("--revision", help="of a hub model")
+    upcycle.add_argument("--experts", type=int, default=8, help="per layer (default: %(default)s)")
+    upcycle.add_argument(
+        "--top-k", type=int, default=2, help="that each token selects (default: %(default)s)"
+    )
+    upcycle.add_argument(
+        "--layers", help="which, as in 1,3,5, counted from 0 (default: all with a dense FFN)"
+    )
+    upcycle.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="relative standard deviation of what each copy is changed by (default: %(default)s)",
+    )
+    upcycle.add_argument(
+        "--capacity-factor", type=float, help="tokens per expert, times k/E (default: dropless)"
+    )
+    upcycle.add_argument("--seed", type=int, default=0, help="of routers and noise")
+    upcycle.add_argument("--trust-remote-code", action="store_true")
+    upcycle.add_argument("--out", required=True, help="folder, which must not exist")
     return parser
 
 
@@ -214,6 +237,35 @@ def _finetune(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _upcycle(arguments: argparse.Namespace) -> int:
+    from dmpq.training.upcycle_checkpoint import upcycle_checkpoint
+
+    quiet_libraries()
+    console = plain_console()
+    layers = None
+    if arguments.layers is not None:
+        try:
+            layers = tuple(int(one) for one in arguments.layers.split(","))
+        except ValueError as error:
+            raise InputError(
+                f"--layers {arguments.layers!r} is no list of numbers; write 1,3,5."
+            ) from error
+    upcycle_checkpoint(
+        arguments.model,
+        Path(arguments.out),
+        revision=arguments.revision,
+        trust_remote_code=arguments.trust_remote_code,
+        experts=arguments.experts,
+        top_k=arguments.top_k,
+        layers=layers,
+        noise=arguments.noise,
+        capacity_factor=arguments.capacity_factor,
+        seed=arguments.seed,
+        say=console.print,
+    )
+    return 0
+
+
 @contextmanager
 def _folder(
     config: TrainingConfig, command: str, **more: Any
@@ -259,6 +311,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "qat": _qat,
     "codesign": _codesign,
     "finetune": _finetune,
+    "upcycle": _upcycle,
 }
 
 

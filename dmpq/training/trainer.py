@@ -121,6 +121,7 @@ class MoETrainer(Trainer):
         self._loss = loss
         self._data = StepData(steps, schedule.steps * schedule.accumulate)
         self._skipped_in_a_row = 0
+        self._scale = 0.0
         super().__init__(
             model=model.model,
             args=schedule.arguments(folder, model.model.device),
@@ -130,6 +131,8 @@ class MoETrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         scale_losses(self.accelerator)
+        if self.accelerator.scaler is not None:
+            self._scale = float(self.accelerator.scaler.get_scale())
 
     def run(self) -> None:
         """Train to the end, from the last checkpoint where there is one.
@@ -199,7 +202,13 @@ class MoETrainer(Trainer):
         Raises:
             InputError: If too many were skipped in a row.
         """
-        if not self.accelerator.optimizer_step_was_skipped:
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return
+        # accelerate does not see what fused optimizers skip; the scale falls where they do.
+        scale = float(scaler.get_scale())
+        fell, self._scale = scale < self._scale, scale
+        if not fell:
             self._skipped_in_a_row = 0
             return
         self.skipped += 1
@@ -232,7 +241,7 @@ class MoETrainer(Trainer):
             **{name: part.state_dict() for name, part in self._moving_parts().items()},
             "random": random_state(),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "skipped": [self.skipped, self._skipped_in_a_row],
+            "skipped": [self.skipped, self._skipped_in_a_row, self._scale],
         }
         save_state(partial / _STATE, state)
         shutil.rmtree(place, ignore_errors=True)
@@ -260,7 +269,7 @@ class MoETrainer(Trainer):
         state = load_state(Path(checkpoint) / _STATE)
         for name, part in self._moving_parts().items():
             part.load_state_dict(state[name])
-        self.skipped, self._skipped_in_a_row = state["skipped"]
+        self.skipped, self._skipped_in_a_row, self._scale = state["skipped"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

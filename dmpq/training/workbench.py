@@ -21,6 +21,7 @@ from dmpq.files import JsonLines
 from dmpq.moe import (
     HEADS,
     LANGUAGE_MODELLING,
+    HeadMissingError,
     MoEModel,
     TextModel,
     check_device,
@@ -235,13 +236,19 @@ def _load(config: TrainingConfig, tables: Tables | None) -> tuple[Any, Any]:
         new_head = {}
     if finetuned.from_scratch:
         return _from_scratch(config, head, new_head or {})
-    return load_transformer(
-        config.model,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        head=head,
-        new_head=new_head,
-    )
+    try:
+        return load_transformer(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            head=head,
+            new_head=new_head,
+        )
+    except HeadMissingError as error:
+        raise InputError(
+            f"{config.model} has no head for {config.task} ({error}); give --new-head for one "
+            "with the labels of the data."
+        ) from error
 
 
 def _from_scratch(config: TrainingConfig, head: str, entries: dict[str, Any]) -> tuple[Any, Any]:

@@ -318,6 +318,31 @@ def _sparse_class(head: Any, dense: Any) -> Any:
     return type(head.__name__, (_Sparse, found), members)
 
 
+def _check(config: UpcycledConfig) -> None:
+    """Refuse a configuration that no model can be built by.
+
+    Raises:
+        InputError: If its family is unknown, or its experts or layers do not fit.
+    """
+    feed_forward(config.dense.model_type)
+    experts, top_k, count = (
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.num_hidden_layers,
+    )
+    if not 1 <= top_k <= experts:
+        raise InputError(
+            f"The configuration of the upcycled model selects {top_k} of {experts} experts per "
+            f"token; num_experts_per_tok is a number from 1 to {experts}."
+        )
+    strange = [layer for layer in config.moe_layers or () if not 0 <= layer < count]
+    if strange:
+        raise InputError(
+            f"The configuration of the upcycled model puts experts into layer {strange[0]} of "
+            f"{count}; moe_layers holds numbers from 0 to {count - 1}."
+        )
+
+
 class _Head:
     """What an Auto class calls a model of :class:`UpcycledConfig`: each family has one of its own.
 
@@ -340,7 +365,7 @@ class _Head:
                 "The configuration of the upcycled model names no dense model; write the folder "
                 "again by save_pretrained."
             )
-        feed_forward(config.dense.model_type)
+        _check(config)
         head: Any = cls
         family: Any = type(config.dense)
         return _sparse_class(head, family)

@@ -128,6 +128,7 @@ class _Router(nn.Module):
     def draw(self) -> None:
         """Draw the weights at random, where no checkpoint has given them."""
         initialization.normal_(self.weight, std=_ROUTER_STD)
+        self._is_hf_initialized = not self.weight.is_meta
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits (T, E), weights (T, k) and experts (T, k) of tokens (T, hidden)."""
@@ -161,6 +162,7 @@ class _Experts(nn.Module):
                 initialization.zeros_(parameter)
             else:
                 initialization.normal_(parameter, std=_WEIGHT_STD)
+        self._is_hf_initialized = not next(self.parameters()).is_meta
 
     def forward(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -288,11 +290,11 @@ class _Sparse:
 
     def initialize_weights(self) -> None:
         """Draw what no checkpoint has given: experts too, of which the dense family knows none."""
-        super().initialize_weights()  # type: ignore[misc]
         model: Any = self
         for module in model.modules():
-            if isinstance(module, _Router | _Experts):
+            if isinstance(module, _Router | _Experts) and not module._is_hf_initialized:
                 module.draw()
+        super().initialize_weights()  # type: ignore[misc]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:

@@ -501,6 +501,13 @@ def test_missing_experts_are_drawn_not_left_as_memory_was(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_what_is_drawn_is_drawn_once():
+    sparse = upcycle(dense("bert"), experts=4, top_k=2, noise=0.1)
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    sparse.initialize_weights()
+    assert all(torch.equal(before[name], value) for name, value in sparse.state_dict().items())
+
+
 def options(**changed):
     return {"experts": 4, "top_k": 2} | changed
 

@@ -1,6 +1,7 @@
 """The digits report again: a feed-forward network and a sparse MoE, in fp32 and in 8 bits.
 
     python benchmarks/digits.py --data ../shared/data/mnist     # about 10 minutes on one core
+    python benchmarks/digits.py --pages       # writes the pages of the figures that are there
     python benchmarks/digits.py --check       # says whether the pages are what the figures say
 
 Trains both models with several seeds, quantizes them with what torch and torchao have today, and
@@ -70,6 +71,8 @@ DOCS: Final = Path(__file__).parents[1] / "docs" / "digits.md"
 FILES: Final = {"idx": "digits", "scikit-learn": "digits_scikit_learn"}
 EPOCHS: Final = {"idx": 6, "scikit-learn": 40}
 """At most; the small set has fewer batches in each."""
+SCORED: Final = 10_000
+"""Images trained on that training accuracy is measured on: as many as there are test images."""
 CALIBRATION: Final = 1024
 """Training images that ranges of activations are observed on."""
 
@@ -81,10 +84,19 @@ def main() -> int:
     parser.add_argument("--seeds", type=_positive, default=3)
     parser.add_argument("--epochs", type=_positive, help="at most; default 6, or 40 where small")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--check", action="store_true")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--pages", action="store_true", help="write pages of the kept figures")
+    kept.add_argument("--check", action="store_true", help="compare pages with the kept figures")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    work = (lambda: check(RESULTS)) if arguments.check else (lambda: run(arguments))
+
+    def work() -> int:
+        if arguments.check:
+            return check(RESULTS)
+        if arguments.pages:
+            return write(RESULTS / FILES["idx"], _kept(RESULTS / FILES["idx"]))
+        return run(arguments)
+
     return exit_code(work, memory="close other programs")
 
 
@@ -99,18 +111,24 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{time.perf_counter() - begun:.0f} s\n")
     stem = arguments.out / FILES[digits.name]
     replace_atomically(stem.with_suffix(".json"), (json.dumps(figures, indent=1) + "\n").encode())
+    print(tables(figures))
+    return write(stem, figures)
+
+
+def write(stem: Path, figures: dict[str, Any]) -> int:
+    """Write the pages and the picture of some figures; returns 0."""
     for path, text in pages(stem, figures).items():
         replace_atomically(path, text.encode())
+        print(f"written: {path}")
     picture(figures, stem.with_suffix(".png"))
-    print(tables(figures))
-    print(f"Written: {stem}.json, .md and .png")
+    print(f"written: {stem.with_suffix('.png')}")
     return 0
 
 
 def check(folder: Path) -> int:
     """Return 0 where the pages are what the committed figures make them, else 1."""
     stem = folder / FILES["idx"]
-    figures = json.loads(stem.with_suffix(".json").read_text(encoding="utf8"))
+    figures = _kept(stem)
     stale = [
         path
         for path, text in pages(stem, figures).items()
@@ -188,6 +206,7 @@ def measure(
             "learning_rate": LEARNING_RATE,
             "entropy_weight": ENTROPY_WEIGHT,
             "switch_weight": SWITCH_WEIGHT,
+            "train_scored": min(SCORED, len(digits.train)),
             "calibration": min(CALIBRATION, len(digits.train)),
         },
         "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads()}
@@ -241,6 +260,7 @@ def _mixtures(balance: str, model: SparseMoE, digits: Digits) -> Iterator[Varian
 def _rows(variants: Iterator[Variant], digits: Digits, seed: int) -> list[dict[str, Any]]:
     """Return the scores of each variant; others' predictions are held against the first's."""
     rows: list[dict[str, Any]] = []
+    seen = digits.train.first(SCORED)
     reference: torch.Tensor | None = None
     for name, ready, size in variants:
         test = ready(digits.test.images)
@@ -253,7 +273,7 @@ def _rows(variants: Iterator[Variant], digits: Digits, seed: int) -> list[dict[s
                 "seed": seed,
                 "bytes": size,
                 "test": asdict(score(test, digits.test)),
-                "train": asdict(score(ready(digits.train.images), digits.train)),
+                "train": asdict(score(ready(seen.images), seen)),
                 "changed": int((answers != reference).sum()),
             }
         )
@@ -282,6 +302,11 @@ def _latency(baseline: nn.Sequential, moe: SparseMoE, digits: Digits) -> list[di
         for name, taken in latencies(models, images, rounds=rounds).items():
             found.append({"model": name, "batch": batch, "rounds": rounds} | asdict(taken))
     return found
+
+
+def _kept(stem: Path) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads(stem.with_suffix(".json").read_text(encoding="utf8"))
+    return figures
 
 
 def _batch(digits: Digits, size: int) -> Split:

@@ -44,6 +44,8 @@ def tables(figures: Figures) -> str:
         *_wrapped(f"- data: {data['source']}; {data['heldout']:,} training images held out"),
         f"- Adam {recipe['learning_rate']:g}, batch {recipe['batch']}, best of "
         f"{recipe['epochs']} epochs by the held-out images",
+        f"- train: {recipe['train_scored']:,} of the {data['train']:,} images trained on; static "
+        f"ranges: {recipe['calibration']:,}",
         f"- {recipe['seeds']} seed(s): mean ± standard deviation",
         f"- {machine['cpu']}, {machine['threads']} thread, torch {machine['torch']}, "
         f"torchao {machine['torchao']}",
@@ -81,9 +83,10 @@ def tables(figures: Figures) -> str:
         *_balances(figures),
         "",
         *_wrapped(
-            "*H*: entropy, of the counts of selections (the report) or of the router's mean "
-            f"probabilities; *evenness*: entropy of the counts over ln {EXPERTS}; *used*: experts with at least "
-            f"{_USED:.0%} of the selections; *least*, *most*: shares of the selections."
+            "*H*: entropy, of the counts of selections (the report's) or of the router's mean "
+            "probabilities p over a batch; *evenness*: entropy of the counts on test images over "
+            f"ln {EXPERTS}; *used*: experts with at least {_USED:.0%} of the selections; *least*, "
+            "*most*: shares of the selections."
         ),
         "",
         "## Gradients at the router",

@@ -10,7 +10,6 @@ else in this package knows them from those of other families.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Final
 
@@ -30,9 +29,9 @@ from transformers import (
     initialization,
 )
 from transformers.integrations.moe import grouped_mm_experts_forward, use_experts_implementation
-from transformers.pytorch_utils import Conv1D
 
-from dmpq.errors import InputError, unknown
+from dmpq.dense_families import feed_forward
+from dmpq.errors import InputError
 
 MODEL_TYPE: Final = "dmpq_upcycled"
 _ROUTER_STD: Final = 0.02
@@ -55,136 +54,6 @@ _GEOMETRY: Final = (
 
 _COMMON: Final = frozenset(dir(PreTrainedConfig()))
 """What every configuration has of its own, and reads in no other."""
-
-
-@dataclass(frozen=True)
-class FeedForward:
-    """Where a dense family keeps the feed-forward block of a layer.
-
-    Attributes:
-        layers: Path of the list of layers inside the base model.
-        up: Path of the up projection inside a layer.
-        down: Path of the down projection inside a layer.
-        act: Path of the activation inside a layer.
-        gate: Path of the gate projection inside a layer; empty for none, or one within ``up``.
-        fused: Whether ``up`` holds a gate, the first half of its outputs, and the up projection.
-    """
-
-    layers: str
-    up: str
-    down: str
-    act: str
-    gate: str = ""
-    fused: bool = False
-
-    @property
-    def gated(self) -> bool:
-        """Whether a gate stands beside the up projection."""
-        return self.fused or bool(self.gate)
-
-    def matrices(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a layer's gate+up, or up alone, and down weights, each (out, in)."""
-        names = [name for name in (self.gate, self.up) if name]
-        up = torch.cat([_matrix(layer.get_submodule(name)) for name in names])
-        return up, _matrix(layer.get_submodule(self.down))
-
-    def biases(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return the biases of the same, each (out,); ``None`` where a layer has none at all.
-
-        A projection without a bias beside one that has some counts as one of zeros.
-        """
-        modules = [layer.get_submodule(name) for name in (self.gate, self.up, self.down) if name]
-        given = [dict(module.named_parameters()).get("bias") for module in modules]
-        if all(bias is None for bias in given):
-            return None
-        *ups, down = (
-            _matrix(module).new_zeros(len(_matrix(module))) if bias is None else bias.detach()
-            for module, bias in zip(modules, given, strict=True)
-        )
-        return torch.cat(ups), down
-
-    def put(self, layer: nn.Module, config: UpcycledConfig) -> None:
-        """Replace a layer's feed-forward block by one of experts, drawn at random.
-
-        A gated block goes whole. Of others, what comes before the down projection hands its input
-        on, and the experts stand in that projection's place: dropout, residual and norm, which
-        some families keep in the same module, stay as they are. Dropout between an activation and
-        the down projection (ModernBERT's ``mlp_dropout``, 0 by default) has no place in experts.
-        """
-        up, down = self.matrices(layer)
-        block = SparseFeedForward(
-            config,
-            hidden=len(down),
-            width=down.shape[1],
-            gated=self.gated,
-            biased=self.biases(layer) is not None,
-            act=_attribute(layer, self.act),
-        ).to(up.dtype)
-        if self.gated:
-            _put(layer, self.down.rpartition(".")[0], block)
-            return
-        for name in (self.up, self.act):
-            _put(layer, name, nn.Identity())
-        _put(layer, self.down, block)
-        # Some families draw a projection's weights anew from the module around it.
-        holder: Any = layer.get_submodule(self.down.rpartition(".")[0])
-        holder._is_hf_initialized = True
-
-
-def _matrix(module: nn.Module) -> torch.Tensor:
-    """Return a linear module's weight (out, in); GPT-2's keeps (in, out)."""
-    weight = module.get_parameter("weight").detach()
-    return weight.mT if isinstance(module, Conv1D) else weight
-
-
-def _attribute(layer: nn.Module, path: str) -> Any:
-    """Return what stands at a path, which may be a module or, for an activation, a function."""
-    holder, _, name = path.rpartition(".")
-    return getattr(layer.get_submodule(holder), name)
-
-
-def _put(layer: nn.Module, path: str, module: nn.Module) -> None:
-    holder, _, name = path.rpartition(".")
-    setattr(layer.get_submodule(holder), name, module)
-
-
-_BERT: Final = FeedForward(
-    "encoder.layer", "intermediate.dense", "output.dense", "intermediate.intermediate_act_fn"
-)
-_LLAMA: Final = FeedForward(
-    "layers", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn", gate="mlp.gate_proj"
-)
-_PHI3: Final = FeedForward(
-    "layers", "mlp.gate_up_proj", "mlp.down_proj", "mlp.activation_fn", fused=True
-)
-_FOUR: Final = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "mlp.act")
-FAMILIES: Final[dict[str, FeedForward]] = {
-    **dict.fromkeys(
-        ("bert", "camembert", "deberta", "deberta-v2", "electra", "ernie", "mpnet", "roberta"),
-        _BERT,
-    ),
-    **dict.fromkeys(("roberta-prelayernorm", "xlm-roberta"), _BERT),
-    **dict.fromkeys(
-        ("cohere", "gemma", "gemma2", "gemma3_text", "granite", "helium", "llama", "mistral"),
-        _LLAMA,
-    ),
-    **dict.fromkeys(
-        ("olmo", "olmo2", "olmo3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm"), _LLAMA
-    ),
-    **dict.fromkeys(("glm", "glm4", "phi3"), _PHI3),
-    "distilbert": FeedForward("transformer.layer", "ffn.lin1", "ffn.lin2", "ffn.activation"),
-    "falcon": FeedForward("h", *_FOUR),
-    "gpt2": FeedForward("h", "mlp.c_fc", "mlp.c_proj", "mlp.act"),
-    "gpt_neo": FeedForward("h", "mlp.c_fc", "mlp.c_proj", "mlp.act"),
-    "gpt_neox": FeedForward("layers", *_FOUR),
-    "gptj": FeedForward("h", "mlp.fc_in", "mlp.fc_out", "mlp.act"),
-    "modernbert": FeedForward("layers", "mlp.Wi", "mlp.Wo", "mlp.act", fused=True),
-    "nemotron": FeedForward("layers", "mlp.up_proj", "mlp.down_proj", "mlp.act_fn"),
-    "opt": FeedForward("decoder.layers", "fc1", "fc2", "activation_fn"),
-    "phi": FeedForward("layers", "mlp.fc1", "mlp.fc2", "mlp.activation_fn"),
-    "starcoder2": FeedForward("layers", "mlp.c_fc", "mlp.c_proj", "mlp.act"),
-}
-"""Dense families whose feed-forward blocks can become experts, by model type."""
 
 
 class UpcycledConfig(PreTrainedConfig):
@@ -242,17 +111,6 @@ class UpcycledConfig(PreTrainedConfig):
         return getattr(dense, name)
 
 
-def feed_forward(family: str) -> FeedForward:
-    """Return where a dense family keeps its feed-forward blocks.
-
-    Raises:
-        InputError: If the family is not one of :data:`FAMILIES`.
-    """
-    if family not in FAMILIES:
-        raise unknown("dense family", family, FAMILIES)
-    return FAMILIES[family]
-
-
 class _Router(nn.Module):
     """The k experts of highest logit, weighted by a softmax over these k.
 
@@ -270,6 +128,7 @@ class _Router(nn.Module):
     def draw(self) -> None:
         """Draw the weights at random, where no checkpoint has given them."""
         initialization.normal_(self.weight, std=_ROUTER_STD)
+        self._is_hf_initialized = not self.weight.is_meta
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits (T, E), weights (T, k) and experts (T, k) of tokens (T, hidden)."""
@@ -303,6 +162,7 @@ class _Experts(nn.Module):
                 initialization.zeros_(parameter)
             else:
                 initialization.normal_(parameter, std=_WEIGHT_STD)
+        self._is_hf_initialized = not next(self.parameters()).is_meta
 
     def forward(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -397,6 +257,21 @@ def within_capacity(index: torch.Tensor, experts: int, capacity: int) -> torch.T
     return (place <= capacity).view(index.shape[1], -1).T
 
 
+def _block(config: UpcycledConfig, layer: nn.Module) -> SparseFeedForward:
+    """Return experts of the widths, gate, biases, activation and type of a layer's dense block."""
+    where = feed_forward(config.dense.model_type)
+    up, down = where.matrices(layer)
+    block = SparseFeedForward(
+        config,
+        hidden=len(down),
+        width=down.shape[1],
+        gated=where.gated,
+        biased=where.biases(layer) is not None,
+        act=where.activation(layer),
+    )
+    return block.to(up.dtype)
+
+
 class _Sparse:
     """What a dense family's model class becomes sparse by: a base class put before it."""
 
@@ -411,15 +286,15 @@ class _Sparse:
         layers: Any = model.base_model.get_submodule(where.layers)
         chosen = config.moe_layers
         for index in range(len(layers)) if chosen is None else chosen:
-            where.put(layers[index], config)
+            where.replace(layers[index], _block(config, layers[index]))
 
     def initialize_weights(self) -> None:
         """Draw what no checkpoint has given: experts too, of which the dense family knows none."""
-        super().initialize_weights()  # type: ignore[misc]
         model: Any = self
         for module in model.modules():
-            if isinstance(module, _Router | _Experts):
+            if isinstance(module, _Router | _Experts) and not module._is_hf_initialized:
                 module.draw()
+        super().initialize_weights()  # type: ignore[misc]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -445,6 +320,31 @@ def _sparse_class(head: Any, dense: Any) -> Any:
     return type(head.__name__, (_Sparse, found), members)
 
 
+def _check(config: UpcycledConfig) -> None:
+    """Refuse a configuration that no model can be built by.
+
+    Raises:
+        InputError: If its family is unknown, or its experts or layers do not fit.
+    """
+    feed_forward(config.dense.model_type)
+    experts, top_k, count = (
+        config.num_experts,
+        config.num_experts_per_tok,
+        config.num_hidden_layers,
+    )
+    if not 1 <= top_k <= experts:
+        raise InputError(
+            f"The configuration of the upcycled model selects {top_k} of {experts} experts per "
+            f"token; num_experts_per_tok is a number from 1 to {experts}."
+        )
+    strange = [layer for layer in config.moe_layers or () if not 0 <= layer < count]
+    if strange:
+        raise InputError(
+            f"The configuration of the upcycled model puts experts into layer {strange[0]} of "
+            f"{count}; moe_layers holds numbers from 0 to {count - 1}."
+        )
+
+
 class _Head:
     """What an Auto class calls a model of :class:`UpcycledConfig`: each family has one of its own.
 
@@ -467,7 +367,7 @@ class _Head:
                 "The configuration of the upcycled model names no dense model; write the folder "
                 "again by save_pretrained."
             )
-        feed_forward(config.dense.model_type)
+        _check(config)
         head: Any = cls
         family: Any = type(config.dense)
         return _sparse_class(head, family)

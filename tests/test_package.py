@@ -66,6 +66,7 @@ FLOORS = [
         "checkpoints.tensor_files",
         "engines.rules",
         "installed",
+        "dense_families",
         "upcycled",
     },
     {"hf_config"},

@@ -10,6 +10,7 @@ import torch
 import transformers
 from families import build_tiny
 from test_apply import bitmap_of, evaluated
+from test_tasks import LABELS, rows_of, tokenizer
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -29,16 +30,21 @@ from dmpq.bank import Bank
 from dmpq.checkpoints.checkpoint import Checkpoint
 from dmpq.checkpoints.packed import PackedExperts
 from dmpq.checkpoints.quantized import QuantizedCheckpoint
+from dmpq.dense_families import FAMILIES
 from dmpq.errors import InputError
 from dmpq.experts import interface_containers
 from dmpq.families import auto_class, find_containers
 from dmpq.formats import Menu
 from dmpq.model_evaluator import ModelEvaluator
 from dmpq.models import main as models_command
+from dmpq.moe import HEADS as HEADS_OF_TASKS
 from dmpq.moe import MoEModel, load_model, reference_path
+from dmpq.tasks.evaluator import TaskEvaluator
+from dmpq.tasks.examples import Examples, TaskBatch
+from dmpq.tasks.splits import TASKS, encoder_of
 from dmpq.training.routing import Routers
 from dmpq.training.upcycle import upcycle
-from dmpq.upcycled import FAMILIES, MODEL_TYPE, UpcycledConfig, within_capacity
+from dmpq.upcycled import MODEL_TYPE, UpcycledConfig, within_capacity
 
 assert dmpq.hf.METHOD
 MENU = Menu.parse("2g8,3g8,8g8,16")
@@ -371,7 +377,40 @@ def test_packed_checkpoints_give_the_evaluator_s_logits(family, tmp_path):
     loaded = auto_class(model.config).from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(loaded) is type(model)
     assert sum(isinstance(one, PackedExperts) for one in loaded.modules()) == 2
-    torch.testing.assert_close(run(loaded)[0], evaluated(moe, MENU, drawn, IDS), rtol=0, atol=1e-5)
+    assert torch.equal(run(loaded)[0], evaluated(moe, MENU, drawn, IDS))
+
+
+@pytest.mark.parametrize("task", ["classification", "token-classification", "question-answering"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2"])
+def test_tasks_are_measured_on_it(family, task):
+    """The evaluator's batches, padded, against the slow twin: one example a forward."""
+    named = dict(enumerate(LABELS[task])) or {0: "start", 1: "end"}
+    labels = {"id2label": named, "label2id": {name: i for i, name in named.items()}}
+    model = dense(family, HEADS_OF_TASKS[TASKS[task].head], **labels)
+    model = put_apart(upcycle(model, experts=4, top_k=2))
+    moe = MoEModel(model, name="tiny")
+    kind = TASKS[task](encoder_of(moe, tokenizer(), longest=None))
+    rows = rows_of(task, 8)
+    columns = kind.columns(list(rows[0]), text=None, label=None, where="x")
+    encoded = [kind.encode({k: row[v] for k, v in columns.items()}) for row in rows]
+    bank = Bank(moe, MENU)
+    evaluator = TaskEvaluator(bank, Examples(kind, tuple(encoded), 0), label="t")
+    narrow = np.zeros(moe.spec.num_experts, int)
+    full = np.full_like(narrow, len(MENU) - 1)
+    found = evaluator.evaluate(np.stack([full, narrow]))
+    assert found.kl[0] == 0.0
+    kl = []
+    for example in encoded:
+        batch = TaskBatch.of(kind, [example], pad=0, device=torch.device("cpu"))
+        with torch.inference_mode():
+            p = batch.logits(moe).log_softmax(-1)
+            bank.choose(np.zeros((1, len(narrow), 2), int))
+            with bank.attached():
+                q = batch.logits(moe).log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum(-1).tolist()
+    # fp32 sums in another order, and other numbers of rows in each product
+    assert found.kl[1] == pytest.approx(np.mean(kl), rel=1e-3)
+    assert found.kl[1] > 0
 
 
 def test_a_classifier_loads_as_one_in_every_command(tmp_path):
@@ -462,6 +501,13 @@ def test_missing_experts_are_drawn_not_left_as_memory_was(tmp_path):
         load_model(str(tmp_path))
 
 
+def test_what_is_drawn_is_drawn_once():
+    sparse = upcycle(dense("bert"), experts=4, top_k=2, noise=0.1)
+    before = {name: value.clone() for name, value in sparse.state_dict().items()}
+    sparse.initialize_weights()
+    assert all(torch.equal(before[name], value) for name, value in sparse.state_dict().items())
+
+
 def options(**changed):
     return {"experts": 4, "top_k": 2} | changed
 
@@ -511,9 +557,14 @@ def test_models_that_cannot_be_upcycled_are_refused_in_one_sentence():
         )
 
 
-def test_a_configuration_of_an_unknown_dense_family_is_refused():
+def test_a_configuration_that_no_model_can_be_built_by_is_refused():
     with pytest.raises(InputError, match="Unknown dense family 'albert'"):
         UpcycledConfig(dense={"model_type": "albert"}, moe_layers=[0])
+    known = {"dense": dense("bert").config}
+    with pytest.raises(InputError, match="selects 3 of 2 experts per token"):
+        AutoModel.from_config(UpcycledConfig(**known, num_experts=2, num_experts_per_tok=3))
+    with pytest.raises(InputError, match="puts experts into layer 3 of 3"):
+        AutoModel.from_config(UpcycledConfig(**known, moe_layers=[3]))
     config = AutoConfig.for_model(MODEL_TYPE)
     with pytest.raises(InputError, match="names no dense model"):
         AutoModelForCausalLM.from_config(config)

@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
+from dmpq.dense_families import FeedForward, feed_forward
 from dmpq.errors import InputError
 from dmpq.experts import Experts, interface_containers
 from dmpq.families import routers_of
-from dmpq.upcycled import HEADS, FeedForward, UpcycledConfig, feed_forward
+from dmpq.upcycled import HEADS, UpcycledConfig
 
 _NOT_CARRIED: Final = {"architectures", "transformers_version", "dtype"}
 
@@ -41,7 +42,7 @@ def upcycle(
     and the Auto classes load it where ``dmpq.hf`` is imported. Heads carry over.
 
     Args:
-        model: A dense encoder or decoder of a family in :data:`dmpq.upcycled.FAMILIES`.
+        model: A dense encoder or decoder of a family in :data:`dmpq.dense_families.FAMILIES`.
         experts: Experts in each converted layer, E; 2 at least.
         top_k: Experts that each token selects. With 1 the task's loss does not train the router.
         layers: Indices of the layers to convert; ``None`` for all.

@@ -2,7 +2,7 @@ r"""Quantization-aware training against quantizing alone, on the bundled model.
 
     python benchmarks/qat.py                         # the tables of docs/training.md, as kept
     python benchmarks/qat.py --run --work runs/qat   # about 15 minutes per map on two cores
-    python benchmarks/qat.py --run --codesign --work runs/qat
+    python benchmarks/qat.py --others --work runs/qat    # routers alone, random maps, co-design
 
 Uniform 4, 3 and 2 bits, and the knapsack's maps at 2.5 effective bits; each is trained on the same
 tokens, from the same weights. Beside them stands a control: the same weights trained in full
@@ -42,7 +42,8 @@ from dmpq.console import plain_console, progress_bars, quiet_libraries
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.provenance import bitmap_of
 from dmpq.session import Session
-from dmpq.training.config import QatConfig
+from dmpq.training.codesign import codesign
+from dmpq.training.config import CodesignConfig, QatConfig
 from dmpq.training.qat import qat
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,6 +88,7 @@ def main() -> int:
     """Train what is asked for, keep it, and print the tables; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="train, and keep what comes out")
+    parser.add_argument("--others", action="store_true", help="run the other kinds of training")
     parser.add_argument("--maps", nargs="+", choices=MAPS, default=list(MAPS))
     parser.add_argument("--work", type=Path, default=Path("runs/qat"))
     parser.add_argument("--steps", type=int, default=400)
@@ -101,6 +103,8 @@ def main() -> int:
         for number, bits in enumerate(arguments.maps):
             for ranges in arguments.ranges:
                 run(arguments, bits, ranges, control=number == 0 and ranges == arguments.ranges[0])
+    if arguments.others:
+        others(arguments)
     show(json.loads(OUT.read_text()))
     return 0
 
@@ -131,6 +135,68 @@ def run(arguments: argparse.Namespace, bits: str, ranges: str, *, control: bool)
         known["control"] = {name: row for name, row in rows.items() if "control" in name}
         known["full precision"] = rows["full precision"]
     replace_atomically(OUT, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+
+
+def others(arguments: argparse.Namespace) -> None:
+    """Train routers alone, under random maps, and in turn with searches; keep what came out."""
+    recipe = Recipe(arguments.steps, arguments.learning_rate, "recomputed")
+    taught = {"labels": 0.0, "distillation": 1.0}
+    console = plain_console()
+    with progress_bars(console) as show_progress:
+        config = recipe.config(labels=0.0, routers=1.0, train="routers")
+        folder = arguments.work / f"routers-{config.digest()}"
+        routers = qat(config, made("2", arguments.work), folder, show_progress)
+        keep(
+            "routers alone, uniform 2", {name: row.to_json() for name, row in routers.rows.items()}
+        )
+        config = recipe.config(**taught, maps="random", bits="2,3,4,8")
+        folder = arguments.work / f"random-{config.digest()}"
+        robust = qat(config, None, folder, show_progress)
+        keep("random maps", {name: row.to_json() for name, row in robust.rows.items()})
+        turns = CodesignConfig(
+            **taught,
+            steps=arguments.steps // 2,
+            learning_rate=arguments.learning_rate,
+            save_every=100,
+            heldout_tokens=HELDOUT,
+            search_tokens=8192,
+            rounds=3,
+        )
+        folder = arguments.work / f"codesign-{turns.digest()}"
+        designed = codesign(turns, folder, show_progress)
+        keep(
+            "co-design, 2.5 bits",
+            {
+                "stable": designed.stable,
+                "rounds": [one.to_json() for one in designed.rounds],
+                "steps": turns.steps,
+            },
+        )
+
+
+def keep(name: str, facts: dict[str, Any]) -> None:
+    """Write what one of the other trainings has come to."""
+    known = json.loads(OUT.read_text())
+    known.setdefault("others", {})[name] = facts
+    replace_atomically(OUT, (json.dumps(known, indent=1, sort_keys=True) + "\n").encode())
+
+
+def show_others(known: dict[str, Any]) -> None:
+    """Print the tables of the other trainings."""
+    for name, facts in known.get("others", {}).items():
+        print(f"\n**{name}**\n")
+        print("| | perplexity | next token | KL |\n| --- | ---: | ---: | ---: |")
+        rounds = facts.get("rounds")
+        rows = facts
+        if rounds is not None:
+            rows = {
+                f"round {one['round']} ({one['changed']:.0%} of the map new), {when}": row
+                for one in rounds
+                for when, row in one["rows"].items()
+            }
+        for label, row in rows.items():
+            cells = f"{row['perplexity']:.4f} | {row['accuracy']:.2%} | {row['kl']:.4f}"
+            print(f"| {label} | {cells} |")
 
 
 def effective(bitmap: BitMap) -> float:
@@ -203,6 +269,7 @@ def show(known: dict[str, Any]) -> None:
             if kind in found:
                 print(f"{bits} bits, {kind}: {found[kind]['seconds']} s", end="; ")
     print()
+    show_others(known)
     draw(known)
 
 

@@ -12,8 +12,11 @@ from trainings import MENU, bitmap_for, loaded, parameters, text_file, tiny_mode
 from dmpq.bitmap import BitMap
 from dmpq.train import main
 from dmpq.training import trainer as trainers
-from dmpq.training.fake_quant import FakeQuantizedModel
+from dmpq.training.config import QatConfig
+from dmpq.training.fake_quant import FakeQuantizedModel, TrainedExperts
+from dmpq.training.objective import LossTerms
 from dmpq.training.qat import choose_at_random
+from dmpq.training.workbench import workbench
 
 SMALL = ["--steps", "12", "--batch-size", "4", "--save-every", "4", "--heldout-tokens", "512"]
 
@@ -77,8 +80,6 @@ def test_the_packed_checkpoint_is_what_was_judged(trained, tmp_path):
 
     import dmpq.hf  # noqa: F401
     from dmpq.apply import main as apply
-    from dmpq.training.config import QatConfig
-    from dmpq.training.workbench import workbench
 
     packed = tmp_path / "packed"
     assert apply([str(trained / "bitmap.json"), "--out", str(packed), "--threads", "1"]) == 0
@@ -125,8 +126,6 @@ def test_learned_ranges_are_stored(place, tmp_path):
     from transformers import AutoModelForCausalLM
 
     import dmpq.hf  # noqa: F401
-    from dmpq.training.config import QatConfig
-    from dmpq.training.workbench import workbench
 
     out = tmp_path / "out"
     assert qat(place, out, "--ranges", "learned") == 0
@@ -193,6 +192,38 @@ def test_the_control_begins_with_the_same_weights(place, tmp_path):
     found = rows(with_control)
     assert found["full precision, control"]["nll"] < found["full precision"]["nll"]
     assert found["the map, after"] == rows(plain)["the map, after"]
+
+
+def test_batches_add_up_to_a_step(place, tmp_path):
+    """Two batches of two windows have the mean gradient of one of four."""
+    bench = workbench(QatConfig(**bare(place), batch_size=4))
+    windows = len(bench.steps.tokens) // 32 - 1
+    bench.steps.tokens.resize(32 * (windows - windows % 4 + 1), refcheck=False)
+    found = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        own = workbench(QatConfig(**bare(place), batch_size=size, accumulate=accumulate, steps=3))
+        object.__setattr__(own.steps, "tokens", bench.steps.tokens)
+        forwards = [TrainedExperts(experts) for experts in own.moe.containers]
+        own.train(
+            LossTerms(),
+            tmp_path / str(size),
+            forwards=forwards,
+            progress=lambda *_: None,
+            stage="x",
+        )
+        found.append(torch.cat([one.flatten() for one in own.model.model.parameters()]))
+    start = torch.cat([one.flatten() for one in bench.model.model.parameters()])
+    assert (found[0] - found[1]).norm() < 1e-3 * (found[0] - start).norm()
+
+
+def bare(place):
+    """Options of a training on the tiny model's text."""
+    return {
+        "model": str(place / "model"),
+        "dataset": str(place / "text.txt"),
+        "heldout_tokens": 64,
+        "save_every": 0,
+    }
 
 
 def test_codesign_searches_what_it_trained(place, tmp_path, capsys):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dmpq.batches import Batch
 from dmpq.moe import MoEModel
 from dmpq.training.amp_probe import AmpProbe, Comparison
 from dmpq.training.config import FinetuneConfig
@@ -88,16 +89,16 @@ def finetune(config: FinetuneConfig, folder: Path, progress: Progress) -> Finetu
     probe = AmpProbe(bench, every=config.probe_every)
     tokens = 0
 
-    def before_step(step: int) -> None:
+    def on_batch(_step: int, batch: Batch) -> None:
         nonlocal tokens
-        tokens += bench.steps.batch(step).ids.numel()
+        tokens += batch.ids.numel()
 
     began = time.monotonic()
     trainer = bench.train(
         LossTerms(balance=config.balance, z=config.z),
         folder / "training",
         forwards=forwards,
-        before_step=before_step,
+        on_batch=on_batch,
         callbacks=probe.callbacks,
         progress=progress,
         stage=f"training, {config.precision}",

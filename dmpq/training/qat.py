@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dmpq.batches import Batch
 from dmpq.bitmap import BitMap
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
@@ -198,17 +199,20 @@ def train_under(
         balance=config.balance,
         z=config.z,
     )
-    before_step: Callable[[int], None] = learner.begin
-    if formats is None:
-        before_step = partial(choose_at_random, learner, seed=config.seed)
-    else:
+    if formats is not None:
         learner.choose(formats)
+
+    def on_batch(step: int, _: Batch) -> None:
+        learner.begin(step)
+        if formats is None:
+            choose_at_random(learner, step, seed=config.seed)
+
     bench.train(
         terms,
         folder,
         forwards=learner.forwards,
         teacher=teacher if terms.needs_teacher else None,
-        before_step=before_step,
+        on_batch=on_batch,
         trained=partial(_is_trained, config.train, _paths(bench.moe)),
         progress=progress,
         stage="training, quantized",
@@ -226,7 +230,6 @@ def choose_at_random(learner: FakeQuantizedModel, step: int, *, seed: int) -> No
         step: Number of the batch.
         seed: Of the training.
     """
-    learner.begin(0)  # another map has other ranges, and few are asked for again
     layers = learner.layers
     stored = np.array(layers[0].menu.stored)
     experts = sum(layer.experts.num_experts for layer in layers)

@@ -62,7 +62,7 @@ class Schedule:
 
     def arguments(self, folder: Path, device: torch.device) -> TrainingArguments:
         """Return what transformers' ``Trainer`` takes."""
-        return TrainingArguments(
+        made = TrainingArguments(
             output_dir=str(folder),
             max_steps=self.steps,
             per_device_train_batch_size=1,  # one item is one batch
@@ -84,6 +84,8 @@ class Schedule:
             remove_unused_columns=False,
             **arguments_of(self.precision),
         )
+        made._n_gpu = min(made.n_gpu, 1)  # one process, one GPU: no replicas of the model
+        return made
 
     def rate(self, step: int) -> float:
         """Return the share of the highest learning rate that a step has."""

@@ -123,7 +123,7 @@ class Workbench:
         *,
         forwards: Sequence[Any],
         teacher: MoEModel | None = None,
-        before_step: Callable[[int], None] = lambda _: None,
+        on_batch: Callable[[int, Batch], None] = lambda _step, _batch: None,
         trained: Callable[[str], bool] = lambda _: True,
         callbacks: Callable[[MoETrainer], Sequence[Any]] = lambda _: (),
         progress: Progress,
@@ -136,7 +136,7 @@ class Workbench:
             folder: Of checkpoints and ``log.jsonl``.
             forwards: What the experts run by, one of each container; none for a dense model.
             teacher: For terms that need one.
-            before_step: Called with the number of a batch, before it is read.
+            on_batch: Called with the number of a batch and the batch, before it is run.
             trained: Whether the parameter of a name is trained.
             callbacks: More of them, for the trainer.
             progress: Called with the stage, steps done, and all steps.
@@ -156,7 +156,7 @@ class Workbench:
         objective = Objective(self.model, terms, teacher=teacher)
 
         def loss(batch: Batch, step: int) -> torch.Tensor:
-            before_step(step)
+            on_batch(step, batch)
             return objective(batch, step)
 
         log = JsonLines(folder / "log.jsonl")

@@ -132,7 +132,8 @@ def _of_the_map(options: Mapping[str, Any], bitmap: BitMap) -> dict[str, Any]:
 def _trained_under(
     config: QatConfig, bitmap: BitMap | None, folder: Path, console: Console, show: Progress
 ) -> int:
-    from dmpq.training.qat import BITMAP, MODEL, mapped, qat, write_summary
+    from dmpq.training.qat import qat
+    from dmpq.training.saved import BITMAP, MODEL, mapped, write_summary
 
     trained = qat(config, bitmap, folder, show)
     written = [f"{MODEL}/"]
@@ -162,7 +163,7 @@ def _pack(trained: Any, bitmap: BitMap, folder: Path, show: Progress) -> None:
 
     from dmpq.checkpoints.checkpoint import Checkpoint
     from dmpq.checkpoints.quantized import QuantizedCheckpoint
-    from dmpq.training.qat import MODEL, mapped
+    from dmpq.training.saved import MODEL, mapped
 
     own = mapped(bitmap, folder / MODEL, show)
     # What the map's quantizer would make of these weights is not what was trained.
@@ -183,7 +184,7 @@ Trained under `bitmap.json` with learned scales and zero-points (`python -m dmpq
 def _codesign(arguments: argparse.Namespace) -> int:
     from dmpq.training.codesign import codesign
     from dmpq.training.config import CodesignConfig
-    from dmpq.training.qat import BITMAP, MODEL, mapped, write_summary
+    from dmpq.training.saved import BITMAP, MODEL, mapped, write_summary
 
     config = CodesignConfig(**chosen(arguments, CodesignConfig))
     with _folder(config, "codesign") as (folder, console, show):
@@ -222,7 +223,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
     config = FinetuneConfig(**chosen(arguments, FinetuneConfig))
     with _folder(config, "finetune") as (folder, console, show):
         from dmpq.training.finetune import finetune
-        from dmpq.training.qat import write_summary
+        from dmpq.training.saved import write_summary
 
         made = finetune(config, folder, show)
         write_summary(

@@ -23,7 +23,8 @@ from dmpq.training.config import CodesignConfig
 from dmpq.training.fake_quant import FakeQuantizedModel, check_trainable
 from dmpq.training.judging import Judge, Judgement
 from dmpq.training.objective import own_experts
-from dmpq.training.qat import MODEL, check_map, round_weights, save, train_under
+from dmpq.training.qat import check_map, train_under
+from dmpq.training.saved import MODEL, round_weights, save
 from dmpq.training.workbench import Progress, Workbench, workbench
 
 _DONE: Final = "round.json"

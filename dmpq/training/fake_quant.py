@@ -30,7 +30,8 @@ from dmpq.quantization import QuantizedTensor, quantize
 from dmpq.quantization.ranges import round_to_codes
 from dmpq.training.precision import autocast_dtype
 
-_CHILD: Final = "learned_ranges"
+LEARNED_RANGES: Final = "learned_ranges"
+"""Name of the module inside an experts container that holds them."""
 _SMALLEST_SCALE: Final = 2.0**-24
 """As :mod:`dmpq.quantization.ranges` has it."""
 
@@ -121,12 +122,12 @@ class FakeQuantizedExperts:
                 child[f"{side}_{self.menu.keys[fmt]}_scale"] = found.scale.float()
                 if found.zero is not None:
                     child[f"{side}_{self.menu.keys[fmt]}_zero"] = found.zero.float()
-        self.experts.module.add_module(_CHILD, child)
+        self.experts.module.add_module(LEARNED_RANGES, child)
 
     def drop_ranges(self) -> None:
         """Take learned ranges out of the model again."""
-        if _CHILD in dict(self.experts.module.named_children()):
-            delattr(self.experts.module, _CHILD)
+        if LEARNED_RANGES in dict(self.experts.module.named_children()):
+            delattr(self.experts.module, LEARNED_RANGES)
 
     def __call__(
         self, _module: nn.Module, hidden: torch.Tensor, index: torch.Tensor, routing: torch.Tensor
@@ -206,7 +207,7 @@ class FakeQuantizedExperts:
 
     def _stored_ranges(self, side: int, fmt: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return learned scales and zero-points as they are stored, straight through."""
-        key = f"{_CHILD}.{side}_{self.menu.keys[fmt]}"
+        key = f"{LEARNED_RANGES}.{side}_{self.menu.keys[fmt]}"
         own = self.experts.module.get_parameter(f"{key}_scale")
         scale = _halved(own.clamp_min(_SMALLEST_SCALE))
         if self.menu.symmetric:

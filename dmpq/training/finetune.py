@@ -19,7 +19,7 @@ from dmpq.training.config import FinetuneConfig
 from dmpq.training.fake_quant import TrainedExperts, check_trainable
 from dmpq.training.judging import Judgement
 from dmpq.training.objective import LossTerms
-from dmpq.training.qat import MODEL, round_weights, save
+from dmpq.training.saved import MODEL, round_weights, save
 from dmpq.training.workbench import Progress, Workbench, workbench
 
 

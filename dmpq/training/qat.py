@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
 
 import numpy as np
 import torch
@@ -15,22 +13,16 @@ from numpy.typing import NDArray
 
 from dmpq.batches import Batch
 from dmpq.bitmap import BitMap
-from dmpq.config import SearchConfig
 from dmpq.errors import InputError
-from dmpq.files import replace_atomically
 from dmpq.formats import Menu
-from dmpq.moe import MoEModel, TextModel
+from dmpq.moe import MoEModel
 from dmpq.quantization import QuantizedTensor
-from dmpq.session import Session
 from dmpq.training.config import QatConfig
 from dmpq.training.fake_quant import FakeQuantizedModel, TrainedExperts, check_trainable
 from dmpq.training.judging import Judge, Judgement
 from dmpq.training.objective import LossTerms, own_experts
+from dmpq.training.saved import MODEL, round_weights, save
 from dmpq.training.workbench import Progress, Workbench, workbench
-
-MODEL: Final = "model"
-BITMAP: Final = "bitmap.json"
-SUMMARY: Final = "summary.json"
 
 Pair = tuple[QuantizedTensor | None, QuantizedTensor | None]
 
@@ -251,13 +243,6 @@ def _is_trained(which: str, paths: tuple[frozenset[str], frozenset[str]], name: 
     return which == "all" or name in paths[which == "routers"]
 
 
-def round_weights(model: TextModel, dtype: torch.dtype) -> None:
-    """Round all weights to what a checkpoint's type can hold, and keep them in FP32."""
-    with torch.no_grad():
-        for parameter in model.model.parameters():
-            parameter.copy_(parameter.to(dtype).to(parameter.dtype))
-
-
 def _learned_tensors(learner: FakeQuantizedModel) -> Callable[[int, int], Pair]:
     """Return what gives each expert's matrices with their learned ranges, as they are now."""
     found = [
@@ -265,90 +250,3 @@ def _learned_tensors(learner: FakeQuantizedModel) -> Callable[[int, int], Pair]:
         for layer in learner.layers
     ]
     return lambda layer, expert: found[layer][expert]
-
-
-def save(bench: Workbench, folder: Path, dtype: torch.dtype) -> None:
-    """Write a model and its tokenizer as transformers loads them, whole or not at all.
-
-    Args:
-        bench: Of the model, whose weights stay as they are.
-        folder: Where to; what is there is replaced.
-        dtype: Of the weights on disk.
-    """
-    import copy
-    import os
-    import shutil
-
-    partial_folder = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    model = copy.deepcopy(bench.model.model).to(dtype)
-    model.save_pretrained(partial_folder)
-    bench.tokenizer.save_pretrained(partial_folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial_folder, folder)
-
-
-def mapped(bitmap: BitMap, folder: Path, progress: Progress) -> BitMap:
-    """Return the map of the trained checkpoint: the same formats, measured on it anew.
-
-    The KL that it states is to the trained checkpoint's own full precision, as of every map.
-
-    Args:
-        bitmap: The map that it was trained under.
-        folder: Where the checkpoint is, as the map is to name it.
-        progress: Called with a stage's name, steps done, and all steps.
-    """
-    text = bitmap.text
-    config = SearchConfig(
-        model=str(folder),
-        hw=bitmap.hardware["name"],
-        cost_geometry=bitmap.hardware["cost_geometry"],
-        dataset=text["dataset"],
-        heldout_tokens=text["heldout_tokens"],
-        sequence_length=None if "task" in text else text["sequence_length"],
-        task=text.get("task"),
-        text_column=text.get("text_column"),
-        label_column=text.get("label_column"),
-        bits=",".join(bitmap.menu.keys),
-        quantizer=bitmap.menu.quantizer,
-        symmetric=bitmap.menu.symmetric,
-        profile_tokens=0,
-        search_tokens=0,
-        selection_tokens=0,
-        further_tokens=0,
-    )
-    session = Session(config, progress=progress)
-    moe = session.moe
-    evaluator = session.evaluator("heldout")
-    chosen = bitmap.to_assignment(moe.spec)[None]
-    found = evaluator.evaluate(chosen)
-    measured = {"heldout_kl": float(found.kl[0]), "heldout_perplexity": float(found.perplexity[0])}
-    if config.task is not None:
-        from dmpq.tasks.evaluator import TaskEvaluator
-
-        assert isinstance(evaluator, TaskEvaluator)
-        del measured["heldout_perplexity"]
-        (judged,) = evaluator.metrics(chosen)
-        measured |= {f"heldout_{name}": value for name, value in judged.items()}
-    units = bitmap.metrics["measured"]
-    metrics = {
-        **bitmap.metrics,
-        "measured": {
-            name: {"value": value, "unit": units[name]["unit"]}
-            for name, value in measured.items()
-            if name in units
-        },
-    }
-    model = {
-        **bitmap.model,
-        "id": str(folder),
-        "revision": None,
-        "architecture": type(moe.model).__name__,
-        "fingerprint": moe.fingerprint,
-    }
-    return replace(bitmap, model=model, geometry=moe.spec, metrics=metrics)
-
-
-def write_summary(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write what a training was and found."""
-    replace_atomically(folder / SUMMARY, (json.dumps(facts, indent=2) + "\n").encode())

@@ -143,7 +143,7 @@ def others(arguments: argparse.Namespace) -> None:
     taught = {"labels": 0.0, "distillation": 1.0}
     console = plain_console()
     with progress_bars(console) as show_progress:
-        config = recipe.config(labels=0.0, routers=1.0, train="routers")
+        config = recipe.config(distillation=0.0, routers=1.0, train="routers")
         folder = arguments.work / f"routers-{config.digest()}"
         routers = qat(config, made("2", arguments.work), folder, show_progress)
         keep(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _WRITTEN: Final = ("model", "training", "summary.json", "bitmap.json", "quantized", "control")
 _EXAMPLES: Final = """examples:
-  python -m dmpq.train qat runs/.../bitmap.json --distillation 1
+  python -m dmpq.train qat runs/.../bitmap.json
   python -m dmpq.train codesign --avg-bits 2.5 --rounds 3
   python -m dmpq.train upcycle --model path/to/dense --experts 8 --top-k 2 --out moe
   python -m dmpq.train finetune --model moe --task classification --dataset data/ \\

@@ -19,6 +19,7 @@ from dmpq.training.qat import choose_at_random
 from dmpq.training.workbench import workbench
 
 SMALL = ["--steps", "12", "--batch-size", "4", "--save-every", "4", "--heldout-tokens", "512"]
+SMALL += ["--labels", "1", "--distillation", "0"]  # a random model has nothing to teach
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def other_model(place):
         (["--model", "OTHER"], "was made for weights"),
         (["--maps", "random"], "leave one out"),
         (["--learning-rate", "-1"], "--learning-rate -1.0 makes no sense"),
-        (["--labels", "0"], "all 0"),
+        (["--labels", "0", "--distillation", "0"], "all 0"),
         (["--save-every", "3"], "no multiple of --refresh 4"),
         (["--precision", "fp8"], "Unknown --precision 'fp8'"),
         (["--task", "sentiment"], "Unknown --task 'sentiment'"),

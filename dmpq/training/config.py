@@ -118,9 +118,9 @@ class QatConfig(TrainingConfig):
     bits: str = option("2,3,4,8,16", "with --maps random: formats to draw from")
     quantizer: str = option("hqq", "with --maps random: how weights are quantized, rtn or hqq")
     symmetric: bool = option(False, "with --maps random: symmetric codes")
-    labels: float = option(1.0, "weight of the loss on the data's own labels")
+    labels: float = option(0.0, "weight of the loss on the data's own labels")
     distillation: float = option(
-        0.0, "weight of the KL to the full-precision model that training begins with"
+        1.0, "weight of the KL to the full-precision model that training begins with"
     )
     routers: float = option(
         0.0, "weight of the error of router logits to that model's, on its highest experts"

@@ -331,7 +331,7 @@ def _figure(loops: dict[str, Any]) -> Figure:
             colours = ["#1a73e8" if s.startswith("anal") else "#d93025" for s in shown.values()]
             colours[-1] = "#9aa0a6"
             bars = axes.barh(places, values, color=colours)
-            axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=8)
+            axes.bar_label(bars, fmt="%.1f" if field == "mape" else "%.2f", padding=2, fontsize=8)
             axes.margins(x=0.2)
         row[0].set_yticks(places, shown.values(), fontsize=8)
         row[0].set_xscale("log")
@@ -340,7 +340,7 @@ def _figure(loops: dict[str, Any]) -> Figure:
         row[0].set_xlabel("mean error of times, %", fontsize=9)
         row[0].set_title(f"{MACHINES[name]}", fontsize=10, loc="left")
         row[1].set_yticks([])
-        row[1].set_xlim(-0.2, 1.15)
+        row[1].set_xlim(-0.3, 1.2)
         row[1].axvline(0, color="#9aa0a6", lw=1)
         row[1].set_xlabel("Kendall's tau", fontsize=9)
         searched = [full for full in shown if full != AGAIN]

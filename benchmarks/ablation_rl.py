@@ -124,7 +124,8 @@ def _tables(name: str, grid: Grid) -> list[Table]:
     ]
     found = [
         Table(
-            f"{GRIDS[name]}: KL over mckp's, %, with 95% intervals where there are several draws",
+            f"{GRIDS[name]}: KL over mckp's, %, with 95% intervals where there are two or three "
+            "draws (the referee's bootstrap: at most their range)",
             ("", *map(_short, _budgets(grid))),
             tuple(rows),
         )

@@ -173,8 +173,8 @@ def ablation(results: Path) -> Ablation:
         f"{SEARCH_TOKENS:,} tokens and chooses on fresh text; the others give one map of the "
         "profile, so this is not at equal tokens (`rl` is). Uniform widths stand at their own "
         "sizes, which no budget chose. Stored: the checkpoint as `dmpq.apply` writes it, all "
-        "weights and headers; latency: analytical, an A100 at OLMoE-1B-7B's widths, decode, batch 1, where "
-        "each width in a layer is a launch.",
+        "weights and headers; latency: analytical, an A100 at OLMoE-1B-7B's widths, decode, "
+        "batch 1, where each width in a layer is a launch.",
         tables=(_uniform_table(rows), *(_budget_table(rows, budget) for budget in BUDGETS)),
         verdicts=tuple(_verdicts(rows)),
         draw=lambda: _figure(rows),
@@ -260,9 +260,9 @@ def _verdicts(rows: pd.DataFrame) -> list[Verdict]:
             "yes" if below else "not everywhere",
             f"its KL is {listed(mixed)} bits over that of `{MIX}`, the neighbouring widths mixed "
             f"evenly without looking at the experts; and {listed(line)} over the straight line "
-            "(of the logarithm) between the uniform widths, which no uniform map offers. The nearest, "
-            f"uniform 3 at {three.bits:.2f} bits, loses {three.kl:.4f} where {narrow.bits:.2f} "
-            f"bits lose {narrow.kl:.4f}.",
+            "(of the logarithm) between the uniform widths, which no uniform map offers. The "
+            f"nearest, uniform 3 at {three.bits:.2f} bits, loses {three.kl:.4f} where "
+            f"{narrow.bits:.2f} bits lose {narrow.kl:.4f}.",
         ),
         Verdict(
             "Is it better than the published allocators?",
@@ -285,7 +285,7 @@ def _verdicts(rows: pd.DataFrame) -> list[Verdict]:
 
 
 def _how(over: list[float]) -> str:
-    """Return at how many budgets shares over another's KL are ahead, level and behind, in words."""
+    """Return at how many budgets a KL is ahead of another, and level, from shares over it."""
     ahead, behind = (sum(sign * one > LEVEL for one in over) for sign in (-1, 1))
     if ahead == len(over):
         return "yes"

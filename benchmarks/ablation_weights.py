@@ -326,7 +326,7 @@ def _figure(parts: list[tuple[Setting, pd.DataFrame]]) -> Figure:
         axes.plot(cost[uniform], shown[uniform], "s", color="#5f6368", ms=6, label="uniform")
         for i in part.index[uniform]:
             key = part.name[i].removeprefix(UNIFORM)
-            axes.annotate(f"{key} bits", (cost[i], shown[i]), xytext=(7, 4), **_SMALL)
+            axes.annotate(f"{key} bits", (cost[i], shown[i]), xytext=(8, -3), **_SMALL)
         for agent, colour in _COLOURS.items():
             own = part.name == agent
             mark = "o" if agent == "ppo" else "x"
@@ -335,14 +335,18 @@ def _figure(parts: list[tuple[Setting, pd.DataFrame]]) -> Figure:
             for i in part.index[own]:
                 place = (float(cost[i]), float(shown[i]))
                 together.setdefault(place, []).append(f"{part[setting.term][i]:g}")
-            offset = (6, -9) if agent == "ppo" else (-5, 6)
+            above = agent == "mckp"
             for place, weights in together.items():
+                few = len(weights) <= _FEW
                 axes.annotate(
-                    ", ".join(weights),
+                    ", ".join(weights) if few else f"{weights[0]} to {weights[-1]}",
                     place,
-                    xytext=offset,
+                    xytext=(1, 5) if above else (-1, -5),
                     color=colour,
-                    ha="left" if agent == "ppo" else "right",
+                    ha="left" if above else "right",
+                    va="bottom" if above else "top",
+                    rotation=50,
+                    rotation_mode="anchor",
                     **_SMALL,
                 )
         axes.set_yscale("log")
@@ -354,11 +358,13 @@ def _figure(parts: list[tuple[Setting, pd.DataFrame]]) -> Figure:
                 [320, 360, 400, 450, 500, 600], ["320", "360", "400", "450", "500", "600"]
             )
             axes.minorticks_off()
-        axes.margins(x=0.15, y=0.08)
+        axes.margins(x=0.15, y=0.15)
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("held-out KL, nats/token (16 bits, which lose nothing, are left out)")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
 
 
+_FEW: Final = 2
+"""Weights at one point that are written out."""
 _SMALL: Final = {"textcoords": "offset points", "fontsize": 7}

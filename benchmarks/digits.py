@@ -35,9 +35,10 @@ quiet_libraries()  # before torchao is imported, which writes a line per kernel 
 
 import torch
 from digits_data import Digits, Split, load_digits
+from digits_document import document
 from digits_latency import ROUNDS, latencies
 from digits_models import SparseMoE, by_expert, by_token, multiplications
-from digits_page import document, picture, tables
+from digits_page import picture, tables
 from digits_quantize import (
     dynamic_int8,
     dynamic_int8_eager,

@@ -1,6 +1,6 @@
 """The digits report again: a feed-forward network and a sparse MoE, in fp32 and in 8 bits.
 
-    python benchmarks/digits.py --data ../shared/data/mnist     # about 10 minutes on one core
+    python benchmarks/digits.py --data ../shared/data/mnist     # 8 minutes on an idle core
     python benchmarks/digits.py --pages       # writes the pages of the figures that are there
     python benchmarks/digits.py --check       # says whether the pages are what the figures say
 
@@ -179,6 +179,7 @@ def measure(
                     "balance": name,
                     "seed": seed,
                     "epoch": trained.epoch,
+                    "heldout_accuracy": trained.heldout_accuracy,
                     "test": asdict(score(moe, digits.test)),
                     "shares": expert_shares(moe, digits.test),
                     "difference_from_none": largest_difference(moe, plain),

@@ -168,6 +168,12 @@ def test_without_files_it_takes_scikit_learns_digits_and_says_so(digits):
     assert float(digits.train.images.max()) == 1.0
 
 
+def test_without_files_and_scikit_learn_it_says_what_to_do(script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match="pip install scikit-learn"):
+        script.data.load_digits(tmp_path)
+
+
 def test_sizes_are_the_reports(script):
     baseline, moe = script.models.feed_forward(784), script.models.SparseMoE(784)
     assert sum(one.numel() for one in baseline.parameters()) == 235_146
@@ -375,6 +381,9 @@ def test_the_figures_make_a_page_of_eighty_columns_and_a_picture(script, figures
         assert page.count(f"| {name} ") >= 3
     script.page.picture(figures, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for row in figures["latency"]:
+        assert 0 < row["lower_s"] <= row["median_s"] <= row["upper_s"]
+        assert row["cpu_s"] > 0
     shares = [sum(row["shares"]) for row in figures["balances"]]
     assert len(shares) == 10
     assert shares == pytest.approx([1] * 10)

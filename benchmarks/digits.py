@@ -1,6 +1,6 @@
 """The digits report again: a feed-forward network and a sparse MoE, in fp32 and in 8 bits.
 
-    python benchmarks/digits.py --data ../shared/data/mnist     # about 10 minutes on one core
+    python benchmarks/digits.py --data ../shared/data/mnist     # 8 minutes on an idle core
     python benchmarks/digits.py --pages       # writes the pages of the figures that are there
     python benchmarks/digits.py --check       # says whether the pages are what the figures say
 
@@ -35,9 +35,10 @@ quiet_libraries()  # before torchao is imported, which writes a line per kernel 
 
 import torch
 from digits_data import Digits, Split, load_digits
+from digits_document import document
 from digits_latency import ROUNDS, latencies
 from digits_models import SparseMoE, by_expert, by_token, multiplications
-from digits_page import document, picture, tables
+from digits_page import picture, tables
 from digits_quantize import (
     dynamic_int8,
     dynamic_int8_eager,
@@ -178,6 +179,7 @@ def measure(
                     "balance": name,
                     "seed": seed,
                     "epoch": trained.epoch,
+                    "heldout_accuracy": trained.heldout_accuracy,
                     "test": asdict(score(moe, digits.test)),
                     "shares": expert_shares(moe, digits.test),
                     "difference_from_none": largest_difference(moe, plain),

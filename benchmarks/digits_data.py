@@ -166,8 +166,13 @@ def _find(folder: Path, stem: str, dimensions: int) -> Path | None:
 
 def _bundled(folder: Path) -> Digits:
     """Return scikit-learn's digits; every sixth image is a test image."""
-    from sklearn.datasets import load_digits as bundled
-
+    try:
+        from sklearn.datasets import load_digits as bundled
+    except ImportError as error:
+        raise InputError(
+            f"{folder} has none of MNIST's four idx files, and scikit-learn, whose digits would "
+            "stand in, is not installed; name a folder with them, or pip install scikit-learn."
+        ) from error
     data = bundled()
     images, labels = data.images.astype(np.uint8), data.target.astype(np.uint8)
     held = np.arange(len(labels)) % 6 == 5

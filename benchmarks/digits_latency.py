@@ -9,6 +9,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 ROUNDS: Final = {1: 300, 64: 100, 1024: 20}
 """Timed forwards of each model, by batch."""
@@ -25,11 +26,13 @@ class Latency:
         median_s: Seconds.
         lower_s: First quartile.
         upper_s: Third quartile.
+        cpu_s: Median of the thread's own time, to which other processes do not add their turns.
     """
 
     median_s: float
     lower_s: float
     upper_s: float
+    cpu_s: float
 
 
 @torch.no_grad()
@@ -49,14 +52,20 @@ def latencies(
         images: (batch, pixels).
         rounds: Timed forwards of each, in ten turns.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for _ in range(TURNS):
         for name, model in models.items():
             for _ in range(WARM_UP):
                 model(images)
             for _ in range(rounds // TURNS):
-                begun = time.perf_counter()
+                begun, own = time.perf_counter(), time.thread_time()
                 model(images)
-                seconds[name].append(time.perf_counter() - begun)
-    quartiles = {name: np.percentile(found, (50, 25, 75)) for name, found in seconds.items()}
-    return {name: Latency(*map(float, found)) for name, found in quartiles.items()}
+                owned = time.thread_time() - own
+                seconds[name].append((time.perf_counter() - begun, owned))
+    return {name: _summary(np.array(found)) for name, found in seconds.items()}
+
+
+def _summary(seconds: NDArray[np.float64]) -> Latency:
+    """Return what (forwards, 2) times say, of the wall and of the thread."""
+    wall = np.percentile(seconds[:, 0], (50, 25, 75))
+    return Latency(*map(float, wall), cpu_s=float(np.median(seconds[:, 1])))

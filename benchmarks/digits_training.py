@@ -20,7 +20,8 @@ Balance = Callable[[torch.Tensor], torch.Tensor]
 """From a batch's router logits (T, E) to what is added to the loss, a scalar."""
 
 BATCH: Final = 128
-LEARNING_RATE: Final = 1e-3
+LEARNING_RATE: Final = 3e-3
+"""Of the first batch, falling to 0 by the last; chosen by the held-out images, with seed 0."""
 ENTROPY_WEIGHT: Final = 0.1
 SWITCH_WEIGHT: Final = 0.01
 """Of Switch Transformers (arXiv 2101.03961, section 2.2)."""
@@ -121,6 +122,8 @@ def _train(
 ) -> Trained:
     data, order = digits.train, torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    steps = epochs * math.ceil(len(data) / BATCH)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
     accuracies: list[float] = []
     best = deepcopy(model.state_dict())
     for _ in range(epochs):
@@ -128,6 +131,7 @@ def _train(
             optimizer.zero_grad()
             loss(data.images[batch], data.labels[batch]).backward()
             optimizer.step()
+            decay.step()
         accuracy = score(model, digits.heldout).accuracy
         if accuracy > max(accuracies, default=-1.0):
             best = deepcopy(model.state_dict())

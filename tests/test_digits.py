@@ -108,7 +108,7 @@ def _broken(name):
         "none": idx(np.zeros((0, 3, 4))),
         "huge": good[:4] + struct.pack(">3I", 2**31, 2**31, 2**31),
         "truncated gzip": gzip.compress(good)[:-12],
-        "damaged gzip": gzip.compress(good)[:12] + b"\xff" * 20,
+        "damaged gzip": gzip.compress(good)[:10] + b"\xff" * 20,
     }[name]
 
 
@@ -166,6 +166,12 @@ def test_without_files_it_takes_scikit_learns_digits_and_says_so(digits):
     assert "NOT MNIST" in digits.source
     assert (len(digits.train) + len(digits.heldout), len(digits.test)) == (1498, 299)
     assert float(digits.train.images.max()) == 1.0
+
+
+def test_without_files_and_scikit_learn_it_says_what_to_do(script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match="pip install scikit-learn"):
+        script.data.load_digits(tmp_path)
 
 
 def test_sizes_are_the_reports(script):
@@ -372,9 +378,12 @@ def test_the_figures_make_a_page_of_eighty_columns_and_a_picture(script, figures
         (row,) = (row for row in figures["rows"] if row["model"] == name and row["seed"] == 1)
         assert 0 <= row["changed"] < 60
         assert row["bytes"] > 10_000
-        assert page.count(f"| {name} ") == 3
+        assert page.count(f"| {name} ") >= 3
     script.page.picture(figures, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    for row in figures["latency"]:
+        assert 0 < row["lower_s"] <= row["median_s"] <= row["upper_s"]
+        assert row["cpu_s"] > 0
     shares = [sum(row["shares"]) for row in figures["balances"]]
     assert len(shares) == 10
     assert shares == pytest.approx([1] * 10)

@@ -198,6 +198,7 @@ def _trained(
     )
     last = moe.model.config.dtype or torch.float32
     round_weights(moe, last)
+    learner.forget()
     with moe.experts_forward(learner.forwards):
         rows["after"] = judge(moe)
     with own_experts(moe):

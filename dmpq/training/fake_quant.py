@@ -87,8 +87,7 @@ class FakeQuantizedExperts:
         experts: The container.
         menu: Formats on offer.
         ranges: One of :data:`dmpq.training.config.RANGES`; those that are learned need
-            :meth:`learn_ranges` first. Those that are recomputed are kept, while gradients are
-            recorded, until :meth:`forget`.
+            :meth:`learn_ranges` first. Those that are recomputed are kept until :meth:`forget`.
     """
 
     def __init__(self, experts: Experts, menu: Menu, *, ranges: str = "recomputed") -> None:
@@ -104,10 +103,9 @@ class FakeQuantizedExperts:
         return self._choice
 
     def choose(self, formats: NDArray[np.integer]) -> None:
-        """Set the formats to run with, (E, 2)."""
-        if not np.array_equal(formats, self._choice):
-            self._choice = np.array(formats, np.int64)
-            self.forget()
+        """Set the formats to run with, (E, 2), and find all ranges anew."""
+        self._choice = np.array(formats, np.int64)
+        self.forget()
 
     def forget(self) -> None:
         """Find all ranges anew at the next forward."""
@@ -190,14 +188,12 @@ class FakeQuantizedExperts:
     def _dequantized(
         self, side: int, fmt: int, members: NDArray[np.int64], some: torch.Tensor
     ) -> torch.Tensor:
-        kept = torch.is_grad_enabled()  # what is judged is what a checkpoint would hold
-        known = self._known.get((side, fmt)) if kept else None
+        known = self._known.get((side, fmt))
         if known is not None:
             found = _on_grid(some, known.scale, known.zero, self.menu.formats[fmt])
             return found.dequantize(some.dtype)
         found = self._quantized(side, fmt, members)
-        if kept:
-            self._known[side, fmt] = _Known(found.scale, found.zero)
+        self._known[side, fmt] = _Known(found.scale, found.zero)
         return found.dequantize(some.dtype)
 
     def _quantized(self, side: int, fmt: int, members: NDArray[np.int64]) -> QuantizedTensor:
@@ -289,11 +285,15 @@ class FakeQuantizedModel:
     def begin(self, step: int) -> None:
         """Find ranges anew where a batch's turn has come; a function of its number alone."""
         if step % self._refresh == 0:
-            for layer in self.layers:
-                layer.forget()
+            self.forget()
+
+    def forget(self) -> None:
+        """Find all ranges anew, so that what runs is what a checkpoint would hold."""
+        for layer in self.layers:
+            layer.forget()
 
     def choose(self, formats: NDArray[np.integer]) -> None:
-        """Set the formats of all experts, menu indices (N, 2)."""
+        """Set the formats of all experts, menu indices (N, 2), and find all ranges anew."""
         ends = np.cumsum([layer.experts.num_experts for layer in self.layers])[:-1]
         for layer, own in zip(self.layers, np.split(formats, ends), strict=True):
             layer.choose(own)

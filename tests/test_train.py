@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from trainings import MENU, bitmap_for, loaded, parameters, text_file, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import dmpq.hf  # noqa: F401, registers the format
 from dmpq.bitmap import BitMap
 from dmpq.train import main
 from dmpq.training import trainer as trainers
@@ -17,6 +19,7 @@ from dmpq.training.fake_quant import FakeQuantizedModel, TrainedExperts
 from dmpq.training.objective import LossTerms
 from dmpq.training.qat import choose_at_random
 from dmpq.training.workbench import workbench
+from dmpq.validate import main as validate
 
 SMALL = ["--steps", "12", "--batch-size", "4", "--save-every", "4", "--heldout-tokens", "512"]
 SMALL += ["--labels", "1", "--distillation", "0"]  # a random model has nothing to teach
@@ -66,8 +69,6 @@ def test_training_lowers_what_the_map_loses(trained, capsys):
 
 
 def test_the_new_map_holds_for_the_trained_model(trained):
-    from dmpq.validate import main as validate
-
     assert validate([str(trained / "bitmap.json"), "--threads", "1"]) == 0
     bitmap = BitMap.read(trained / "bitmap.json")
     measured = bitmap.metrics["measured"]["heldout_kl"]["value"]
@@ -79,7 +80,6 @@ def test_the_packed_checkpoint_is_what_was_judged(trained, tmp_path):
     """`dmpq.apply` quantizes the saved weights anew, and gets what the last row says."""
     from transformers import AutoModelForCausalLM
 
-    import dmpq.hf  # noqa: F401
     from dmpq.apply import main as apply
 
     packed = tmp_path / "packed"
@@ -126,8 +126,6 @@ def test_an_interrupted_training_ends_at_the_same_bits(more, place, tmp_path, mo
 def test_learned_ranges_are_stored(place, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    import dmpq.hf  # noqa: F401
-
     out = tmp_path / "out"
     assert qat(place, out, "--ranges", "learned") == 0
     assert not (out / "bitmap.json").exists()
@@ -157,6 +155,21 @@ def test_only_what_is_asked_for_is_trained(place, tmp_path):
         }
         sign = ".experts." if which == "experts" else ".gate."
         assert moved == {name for name in before if sign in name}
+
+
+def test_a_checkpoint_keeps_its_type(place, tmp_path):
+    """Weights are trained in FP32, and judged as they are saved: rounded to BF16."""
+    from safetensors.torch import load_file
+
+    model = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(tmp_path / "model")
+    bitmap_for(tmp_path / "model", place / "text.txt").write(tmp_path / "bitmap.json")
+    out = tmp_path / "out"
+    assert qat(tmp_path, out) == 0
+    saved = load_file(out / "model" / "model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
+    assert validate([str(out / "bitmap.json"), "--threads", "1"]) == 0
 
 
 def test_random_maps_make_weights_that_tolerate_every_map(place, tmp_path):
@@ -241,8 +254,6 @@ def test_codesign_searches_what_it_trained(place, tmp_path, capsys):
     assert first.model["id"] == str(place / "model")
     assert second.model["id"] == str(out / "round-1/model")
     assert made[0]["rows"]["after"]["nll"] < made[0]["rows"]["before"]["nll"]
-    from dmpq.validate import main as validate
-
     assert validate([str(out / facts["last"] / "bitmap.json"), "--threads", "1"]) == 0
     # Done rounds are not done again.
     stamp = (out / "round-1/model/model.safetensors").stat().st_mtime_ns

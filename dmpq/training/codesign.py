@@ -24,7 +24,7 @@ from dmpq.training.fake_quant import FakeQuantizedModel, check_trainable
 from dmpq.training.judging import Judge, Judgement
 from dmpq.training.objective import own_experts
 from dmpq.training.qat import check_map, train_under
-from dmpq.training.saved import MODEL, round_weights, save
+from dmpq.training.saved import MODEL, save
 from dmpq.training.workbench import Progress, Workbench, workbench
 
 _DONE: Final = "round.json"
@@ -196,14 +196,12 @@ def _trained(
         teacher,
         lambda stage, i, n: progress(f"round {number}: {stage}", i, n),
     )
-    last = moe.model.config.dtype or torch.float32
-    round_weights(moe, last)
     learner.forget()
     with moe.experts_forward(learner.forwards):
         rows["after"] = judge(moe)
     with own_experts(moe):
         rows["full precision, after"] = judge(moe)
-    save(bench, place / MODEL, last)
+    save(bench, place / MODEL, torch.float32)  # the next round goes on from the very weights
     text = json.dumps({name: asdict(row) for name, row in rows.items()}, indent=2)
     replace_atomically(done, text.encode())
     return rows

@@ -104,10 +104,9 @@ def finetune(config: FinetuneConfig, folder: Path, progress: Progress) -> Finetu
         stage=f"training, {config.precision}",
     )
     seconds = time.monotonic() - began - probe.seconds
-    dtype = model.model.config.dtype or torch.float32
-    round_weights(model, dtype)
+    round_weights(model, bench.dtype)
     rows["after"] = judge(model)
-    save(bench, folder / MODEL, dtype)
+    save(bench, folder / MODEL, bench.dtype)
     parameters = sum(one.numel() for one in model.model.parameters())
     return Finetuned(
         bench,

@@ -95,8 +95,7 @@ def qat(config: QatConfig, bitmap: BitMap | None, folder: Path, progress: Progre
         for layer in learner.layers:
             layer.learn_ranges()
     train_under(bench, config, folder / "training", learner, formats, teacher, progress)
-    dtype = moe.model.config.dtype or torch.float32
-    round_weights(moe, dtype)
+    round_weights(moe, bench.dtype)
     rows |= _judged(learner, judge, maps, "after")
     with own_experts(moe):
         rows["full precision, after"] = judge(moe)
@@ -104,7 +103,7 @@ def qat(config: QatConfig, bitmap: BitMap | None, folder: Path, progress: Progre
     for layer in learner.layers:
         layer.drop_ranges()
     moe.__dict__.pop("fingerprint", None)  # of the weights before, a cached property
-    save(bench, folder / MODEL, dtype)
+    save(bench, folder / MODEL, bench.dtype)
     return Trained(bench, rows, formats, tensors)
 
 

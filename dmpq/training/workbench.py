@@ -59,6 +59,7 @@ class Workbench:
         heldout: What it is judged on.
         task: Of both; ``None`` for text.
         source: What both are, in words.
+        dtype: Of the checkpoint's weights, in which a trained one is saved, too.
     """
 
     config: TrainingConfig
@@ -68,6 +69,7 @@ class Workbench:
     heldout: Sequence[Batch]
     task: Task | None
     source: str
+    dtype: torch.dtype = torch.float32
 
     @property
     def moe(self) -> MoEModel:
@@ -210,8 +212,23 @@ def workbench(config: TrainingConfig) -> Workbench:
     )
     check_weights(text_model)
     if tables is None:
-        return _on_text(config, text_model, tokenizer)
-    return _on_task(config, text_model, tokenizer, tables)
+        bench = _on_text(config, text_model, tokenizer)
+    else:
+        bench = _on_task(config, text_model, tokenizer, tables)
+    return replace(bench, dtype=_stored_dtype(config))
+
+
+def _stored_dtype(config: TrainingConfig) -> torch.dtype:
+    """Return the type that a checkpoint says its weights are in; models are loaded in another."""
+    source, local = checkpoint_source(config.model, config.revision)
+    told = AutoConfig.from_pretrained(
+        source,
+        revision=config.revision,
+        local_files_only=local,
+        trust_remote_code=config.trust_remote_code,
+    ).dtype
+    found: torch.dtype = getattr(torch, told) if isinstance(told, str) else told or torch.float32
+    return found
 
 
 def _load(config: TrainingConfig, tables: Tables | None) -> tuple[Any, Any]:

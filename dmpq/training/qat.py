@@ -17,7 +17,7 @@ from dmpq.batches import Batch
 from dmpq.bitmap import BitMap
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
-from dmpq.files import replace_atomically
+from dmpq.files import remove, replace_atomically, replace_folder
 from dmpq.formats import Menu
 from dmpq.moe import MoEModel, TextModel
 from dmpq.quantization import QuantizedTensor
@@ -276,16 +276,13 @@ def save(bench: Workbench, folder: Path, dtype: torch.dtype) -> None:
         dtype: Of the weights on disk.
     """
     import copy
-    import os
-    import shutil
 
     partial_folder = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)
+    remove(partial_folder)
     model = copy.deepcopy(bench.model.model).to(dtype)
     model.save_pretrained(partial_folder)
     bench.tokenizer.save_pretrained(partial_folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial_folder, folder)
+    replace_folder(partial_folder, folder)
 
 
 def mapped(bitmap: BitMap, folder: Path, progress: Progress) -> BitMap:

@@ -113,12 +113,32 @@ def goes_on(folder: Path, name: str, state: Mapping[str, Any]) -> bool:
     except (OSError, ValueError, RecursionError):
         pass
     for left in folder.iterdir():
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        remove(left)
     replace_atomically(folder / name, json.dumps(made_of).encode())
     return False
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it; nothing where nothing is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_folder(made: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another, which is removed when the new one is there.
+
+    Args:
+        made: The finished one, on the same file system.
+        folder: Where to; what is there, if anything, is lost.
+    """
+    before = folder.with_name(f".{folder.name}.before")
+    remove(before)
+    if os.path.lexists(folder):
+        os.rename(folder, before)
+    os.rename(made, folder)
+    remove(before)
 
 
 class JsonLines:

@@ -324,6 +324,12 @@ def load_transformer(
     model, report = loaded
     head_keys = _of_the_head(model)
     missing = sorted(set(report["missing_keys"]) - (set() if new_head is None else head_keys))
+    other = sorted({key for key, *_ in report["mismatched_keys"]} - head_keys)
+    if other:
+        raise InputError(
+            f"The checkpoint in {name} cannot be read: {_REASONS['ignore_mismatched_sizes']}, "
+            f"among them {other[0]}; get it again, or write it by save_pretrained."
+        )
     if missing:
         refused = HeadMissingError if set(missing) <= head_keys else InputError
         raise refused(

@@ -26,7 +26,9 @@ def renormalised(weights: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """
     remaining = weights.masked_fill(~kept, 0.0)
     whole, rest = (w.sum(-1, keepdim=True, dtype=torch.float32) for w in (weights, remaining))
-    moved = torch.where(rest > 0, remaining / rest * whole, 0.0).to(weights.dtype)
+    # Where nothing remains, a division by zero would make NaN of the gradient.
+    divisor = torch.where(rest > 0, rest, 1.0)
+    moved = (remaining / divisor * whole).to(weights.dtype)
     return torch.where(kept.all(-1, keepdim=True), weights, moved)
 
 

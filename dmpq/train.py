@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from dmpq.training.judging import Judgement
     from dmpq.training.workbench import Progress
 
-_WRITTEN: Final = ("model", "training", "summary.json", "bitmap.json", "quantized", "control")
+_WRITTEN: Final = (
+    *("model", "training", "summary.json", "bitmap.json", "quantized", "control"),
+    *("round-1", "journal.jsonl"),
+)
 _EXAMPLES: Final = """examples:
   python -m dmpq.train qat runs/.../bitmap.json
   python -m dmpq.train codesign --avg-bits 2.5 --rounds 3
@@ -45,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     return exit_code(
         lambda: _COMMANDS[arguments.command](arguments),
-        memory="give a smaller --batch-size or --sequence-length",
+        memory="give fewer --experts"
+        if arguments.command == "upcycle"
+        else "give a smaller --batch-size or --sequence-length",
         interrupted="Interrupted; the same command goes on from the last checkpoint.",
     )
 
@@ -158,19 +163,21 @@ def _trained_under(
 
 def _pack(trained: Any, bitmap: BitMap, folder: Path, show: Progress) -> None:
     """Write the packed checkpoint with the ranges that were learned."""
-    import shutil
     from dataclasses import replace
 
     from dmpq.checkpoints.checkpoint import Checkpoint
     from dmpq.checkpoints.quantized import QuantizedCheckpoint
+    from dmpq.files import remove, replace_folder
     from dmpq.training.saved import MODEL, mapped
 
     own = mapped(bitmap, folder / MODEL, show)
     # What the map's quantizer would make of these weights is not what was trained.
     own = replace(own, metrics={**own.metrics, "measured": {}})
     made = QuantizedCheckpoint(own, Checkpoint(str(folder / MODEL)), given=trained.tensors)
-    shutil.rmtree(folder / "quantized", ignore_errors=True)
-    made.write(folder / "quantized", card=_CARD, progress=show)
+    fresh = folder / ".quantized.new"
+    remove(fresh)
+    made.write(fresh, card=_CARD, progress=show)
+    replace_folder(fresh, folder / "quantized")
 
 
 _CARD: Final = """# Quantized checkpoint

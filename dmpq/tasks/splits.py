@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -97,7 +98,8 @@ def _decoding(moe: TextModel, tokenizer: Any) -> dict[str, Any]:
     every translation begins with that language's token (arXiv 2207.04672, section 6.1).
     """
     language = getattr(tokenizer, "tgt_lang", "")
-    given = moe.model.generation_config.forced_bos_token_id
+    generates = moe.model.can_generate()  # one with a head of classes does not
+    given = moe.model.generation_config.forced_bos_token_id if generates else None
     if language:
         given = tokenizer.convert_tokens_to_ids(language)
     elif language is None and given is None:
@@ -284,6 +286,11 @@ def label_names(
         return tuple(tables.classes[column])
     values = [row[column] for row in (*tables.calibration, *tables.heldout)]
     flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+    if any(one is None or (isinstance(one, float) and math.isnan(one)) for one in flat):
+        raise InputError(
+            f"The column {column!r} of {dataset} lacks a label in some rows; fill them in, leave "
+            "those rows out, or name another column with --label-column."
+        )
     names = {str(one).strip() for one in flat}
     if len(names) < 2:
         raise InputError(

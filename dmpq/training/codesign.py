@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dmpq.bitmap import BitMap
+from dmpq.errors import InputError, first_line
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Menu
 from dmpq.guard import make_agent, run_agent
@@ -103,7 +104,7 @@ def codesign(config: CodesignConfig, folder: Path, progress: Progress) -> Codesi
         bitmap = _searched(config, bench, place, progress, number)
         formats = check_map(bitmap, bench.moe)
         changed = 1.0 if before is None else float((formats != before).any(1).mean())
-        if changed <= config.stable:
+        if before is not None and changed <= config.stable:
             return Codesigned(bench, rounds, True, folder / f"round-{number - 1}")
         rows = _trained(config, bench, place, formats, judge, (teacher, progress), number)
         rounds.append(Round(number, bitmap, changed, rows))
@@ -178,7 +179,7 @@ def _trained(
     """Train under a map, save the weights, and return what was measured."""
     done = place / _DONE
     if done.exists():
-        return {name: Judgement(**row) for name, row in json.loads(done.read_text()).items()}
+        return _read(done)
     teacher, progress = helpers
     moe = bench.moe
     menu = Menu.parse(config.bits, quantizer=config.quantizer, symmetric=config.symmetric)
@@ -205,3 +206,14 @@ def _trained(
     text = json.dumps({name: asdict(row) for name, row in rows.items()}, indent=2)
     replace_atomically(done, text.encode())
     return rows
+
+
+def _read(done: Path) -> dict[str, Judgement]:
+    """Return what a round that is done has measured."""
+    try:
+        found = json.loads(done.read_text("utf-8"))
+        return {name: Judgement(**row) for name, row in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{done} is damaged ({first_line(error)}); remove it, and its round is trained again."
+        ) from error

@@ -102,6 +102,14 @@ class FinetuneConfig(TrainingConfig):
         "logits, changed selections; 0 for none",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.new_head and self.task is None:
+            raise InputError(
+                "--new-head is for the labels of a task, and none is asked for; give --task, or "
+                "leave it out."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class QatConfig(TrainingConfig):
@@ -146,6 +154,11 @@ class QatConfig(TrainingConfig):
             raise InputError(
                 "--labels, --distillation and --routers are all 0, so that nothing would be "
                 "learned; give one of them a weight."
+            )
+        if self.maps == "random" and "0" in self.bits.replace(" ", "").split(","):
+            raise InputError(
+                f"--bits {self.bits} offers pruned experts (0), and --maps random draws among "
+                "formats that store something; leave the 0 out."
             )
         if self.ranges == "learned" and self.maps == "random":
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -60,7 +61,7 @@ class Finetuned:
             "peak_bytes": self.peak_bytes,
             "skipped_steps": self.skipped,
             "loss_scales": [list(one) for one in self.loss_scales],
-            "probes": [vars(one) for one in self.probes],
+            "probes": [_finite(vars(one)) for one in self.probes],
             "active_parameters": self.active_parameters,
             "parameters": self.parameters,
         }
@@ -120,6 +121,14 @@ def finetune(config: FinetuneConfig, folder: Path, progress: Progress) -> Finetu
         parameters - _idle(model),
         parameters,
     )
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return numbers as JSON can hold them: what FP16 overflowed is ``None``."""
+    return {
+        name: value if value is None or math.isfinite(value) else None
+        for name, value in values.items()
+    }
 
 
 def _idle(model: Any) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
 
 from dmpq.batches import Batch
+from dmpq.errors import InputError
 from dmpq.moe import MoEModel, TextModel
 from dmpq.tasks.examples import Task, TaskBatch
 from dmpq.training.objective import own_experts
+
+_LARGEST: Final = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,14 @@ class Judgement:
 
     @property
     def perplexity(self) -> float:
-        """Per token, or per answer."""
-        return math.exp(self.nll)
+        """Per token, or per answer; infinite where it is more than a float can hold."""
+        return math.exp(self.nll) if self.nll < _LARGEST else math.inf
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
         return {
             "nll": self.nll,
-            "perplexity": self.perplexity,
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
             "accuracy": self.accuracy,
             "kl": self.kl,
             **self.metrics,
@@ -74,7 +78,11 @@ class Judge:
                 ]
 
     def __call__(self, model: TextModel) -> Judgement:
-        """Measure a model as its experts run now."""
+        """Measure a model as its experts run now.
+
+        Raises:
+            InputError: If its loss is not finite.
+        """
         loss, hits, kl, rows = 0.0, 0, 0.0, 0
         answers: list[Any] = []
         model.model.eval()
@@ -92,6 +100,11 @@ class Judge:
                 if self._task is not None:
                     assert isinstance(batch, TaskBatch)
                     answers.extend(self._task.answers(model, batch, logits))
+        if not math.isfinite(loss) or not math.isfinite(kl):
+            raise InputError(
+                f"The held-out loss is not finite (nll {loss}, KL {kl}), so that there is nothing "
+                "to compare and no model was written; lower --learning-rate, or raise --warmup."
+            )
         predicted = sum(batch.predicted for batch in self._batches)
         return Judgement(
             loss / predicted,

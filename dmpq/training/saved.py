@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 
 from dmpq.bitmap import BitMap
 from dmpq.config import SearchConfig
-from dmpq.files import replace_atomically
+from dmpq.files import remove, replace_atomically, replace_folder
 from dmpq.moe import TextModel
 from dmpq.session import Session
 from dmpq.training.fake_quant import LEARNED_RANGES
@@ -47,12 +45,11 @@ def save(bench: Workbench, folder: Path, dtype: torch.dtype) -> None:
         dtype: Of the weights on disk.
     """
     partial_folder = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)
+    remove(partial_folder)
     model = copy.deepcopy(bench.model.model).to(dtype)
     model.save_pretrained(partial_folder)
     bench.tokenizer.save_pretrained(partial_folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial_folder, folder)
+    replace_folder(partial_folder, folder)
 
 
 def mapped(bitmap: BitMap, folder: Path, progress: Progress) -> BitMap:

@@ -6,6 +6,7 @@ transformers' ``Trainer`` keeps optimizer, scheduler, random numbers and loss sc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from dmpq.errors import InputError, first_line
 
 _TREE: Final = "tree"
 _TENSOR: Final = "tensor"
+_DIGEST: Final = "sha256"
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
@@ -32,24 +34,42 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     tree = _plain(state, tensors)
-    save_file(tensors or {_TENSOR: torch.zeros(0)}, path, metadata={_TREE: json.dumps(tree)})
+    held, text = tensors or {_TENSOR: torch.zeros(0)}, json.dumps(tree)
+    save_file(held, path, metadata={_TREE: text, _DIGEST: _digest(held, text)})
 
 
 def load_state(path: Path) -> Any:
     """Return what :func:`save_state` wrote.
 
     Raises:
-        InputError: If the file is missing or damaged.
+        InputError: If the file is missing, damaged, or has been changed since.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tree = json.loads(file.metadata()[_TREE])
-            return _whole(tree, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"The training state {path} cannot be read ({first_line(error)}); remove its "
-            "checkpoint, so that training goes on from the one before."
-        ) from error
+            told = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if told.get(_DIGEST) != _digest(tensors, told.get(_TREE, "")):
+            raise ValueError("its bytes are not those that were written")
+        return _whole(json.loads(told[_TREE]), tensors)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise unusable(path.parent, f"{path.name}: {first_line(error)}") from error
+
+
+def unusable(checkpoint: Path, reason: str) -> InputError:
+    """Return the error for a checkpoint that a training cannot go on from."""
+    return InputError(
+        f"The training cannot go on from {checkpoint} ({reason}); remove that folder, and the "
+        "same command begins from the start, or from the checkpoint before where one is left."
+    )
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    """Return the SHA-256 of a state: safetensors' own checks end at the header."""
+    found = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _plain(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from dmpq.batches import Batch, TextBatch
 from dmpq.errors import InputError
 from dmpq.moe import TextModel
-from dmpq.tasks.examples import Example, Task, TaskBatch
+from dmpq.tasks.examples import Example, Examples, Task, TaskBatch
 
 
 class Steps(Protocol):
@@ -27,6 +27,10 @@ class Steps(Protocol):
     @property
     def steps_per_epoch(self) -> int:
         """Steps that visit everything once."""
+
+    @property
+    def identity(self) -> bytes:
+        """What they are cut from: equal where, with the same options, all batches are."""
 
     def batch(self, step: int) -> Batch:
         """Return what a step reads."""
@@ -65,6 +69,11 @@ class TextSteps:
     def steps_per_epoch(self) -> int:
         """Steps that visit everything once; a window's worth is lost to the phase."""
         return max(len(self.tokens) // self.length - 1, 0) // self.sequences
+
+    @property
+    def identity(self) -> bytes:
+        """The text."""
+        return self.tokens.tobytes()
 
     def batch(self, step: int) -> TextBatch:
         """Return what a step reads."""
@@ -113,6 +122,11 @@ class TaskSteps:
     def steps_per_epoch(self) -> int:
         """Steps that visit everything once."""
         return len(self.examples) // self.sequences
+
+    @property
+    def identity(self) -> bytes:
+        """The examples."""
+        return Examples(self.task, tuple(self.examples), self.pad).identity()[1]
 
     def batch(self, step: int) -> TaskBatch:
         """Return what a step reads."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +15,24 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dmpq.batches import Batch
-from dmpq.errors import InputError
+from dmpq.errors import InputError, first_line
+from dmpq.files import remove, replace_folder
 from dmpq.moe import TextModel
 from dmpq.training.precision import arguments_of, scale_losses
-from dmpq.training.state_files import load_state, random_state, save_state, set_random_state
+from dmpq.training.state_files import (
+    load_state,
+    random_state,
+    save_state,
+    set_random_state,
+    unusable,
+)
 from dmpq.training.steps import StepData, Steps
 
 Loss = Callable[[Batch, int], torch.Tensor]
 """Gives the loss of a step's batch, a scalar in nats, by the step's number."""
 
 _STATE: Final = "training.safetensors"
+_PLACE: Final = "trainer_state.json"
 _CHECKPOINT: Final = re.compile(r"checkpoint-(\d+)")
 _MOST_SKIPPED: Final = 50
 """Steps in a row that FP16 may skip: each halves the loss scale, and 2**50 is past all use."""
@@ -103,6 +109,7 @@ class MoETrainer(Trainer):
         steps: The batches.
         schedule: How long and how fast.
         folder: Where checkpoints are kept.
+        made_of: Hash of what the training begins with: a checkpoint of another is refused.
         callbacks: Told of the training's course.
     """
 
@@ -114,9 +121,11 @@ class MoETrainer(Trainer):
         schedule: Schedule,
         folder: Path,
         *,
+        made_of: str = "",
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.text_model = model
+        self.made_of = made_of
         self.schedule = schedule
         self.folder = folder
         self.skipped = 0
@@ -140,11 +149,15 @@ class MoETrainer(Trainer):
         """Train to the end, from the last checkpoint where there is one.
 
         Raises:
-            InputError: If the loss or the gradients are not finite; the last checkpoint stays.
+            InputError: If the loss, the gradients or the weights do not stay finite (the last
+                checkpoint stays), or the last checkpoint cannot be gone on from.
         """
         last = last_checkpoint(self.folder)
+        if last is not None:
+            self._check_checkpoint(last)
         try:
             self.train(resume_from_checkpoint=None if last is None else str(last))
+            self._check_weights()
         finally:
             # accelerate wraps the forward in autocast, for good.
             self.accelerator.unwrap_model(self.text_model.model, keep_fp32_wrapper=False)
@@ -220,25 +233,46 @@ class MoETrainer(Trainer):
                 f"loss of {_MOST_SKIPPED} steps in a row, at whatever loss scale,", ""
             )
 
-    def _not_finite(self, what: str, where: str) -> InputError:
+    def _not_finite(self, what: str, where: str, *, step: int | None = None) -> InputError:
         kept = last_checkpoint(self.folder)
         held = "there is no checkpoint yet" if kept is None else f"the last good one is {kept}"
         return InputError(
-            f"The {what} is not finite at step {self.state.global_step + 1}"
+            f"The {what} is not finite at step {step or self.state.global_step + 1}"
             f"{f', first in {where}' if where else ''}; {held}: lower --learning-rate, raise "
             "--warmup, or train with --precision fp32."
         )
 
+    def _check_weights(self) -> None:
+        """Refuse weights that the last step has made infinite: finite gradients can do that."""
+        for name, parameter in self.text_model.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise self._not_finite("weight", name, step=self.state.global_step)
+
+    def _check_checkpoint(self, place: Path) -> None:
+        """Refuse a checkpoint of other weights or data, or one whose files differ."""
+        state = load_state(place / _STATE)
+        try:
+            told = (place / _PLACE).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise unusable(place, f"{_PLACE}: {first_line(error)}") from error
+        if not isinstance(state, dict) or state.get("trainer") != told:
+            raise unusable(place, f"{_PLACE} is not the one that was written")
+        if state["made_of"] != self.made_of:
+            raise unusable(place, "the model or the data has changed since it was written")
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint whole or not at all, and remove those before it."""
         del model, trial
+        self._check_weights()
         place = self.folder / f"checkpoint-{self.state.global_step}"
         partial = self.folder / f".{place.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
-        self.state.save_to_json(str(partial / "trainer_state.json"))
+        self.state.save_to_json(str(partial / _PLACE))
         scaler = self.accelerator.scaler
         state = {
+            "made_of": self.made_of,
+            "trainer": (partial / _PLACE).read_text("utf-8"),
             "model": self.text_model.model.state_dict(),
             **{name: part.state_dict() for name, part in self._moving_parts().items()},
             "random": random_state(),
@@ -246,11 +280,10 @@ class MoETrainer(Trainer):
             "skipped": [self.skipped, self._skipped_in_a_row, self._scale],
         }
         save_state(partial / _STATE, state)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(partial, place)
+        replace_folder(partial, place)
         for other in checkpoints(self.folder):
             if other != place:
-                shutil.rmtree(other)
+                remove(other)
 
     def _moving_parts(self) -> dict[str, Any]:
         """Return what a training moves beside the weights."""

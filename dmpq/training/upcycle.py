@@ -8,6 +8,7 @@ the dense one did, until training or noise tells the copies apart.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ from dmpq.families import routers_of
 from dmpq.upcycled import HEADS, UpcycledConfig
 
 _NOT_CARRIED: Final = {"architectures", "transformers_version", "dtype"}
+_MOST_NOISE: Final = 1e3
 
 
 def upcycle(
@@ -60,8 +62,10 @@ def upcycle(
         InputError: If an option is out of range, the model has experts already, or its family or
             head is not known.
     """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed is {seed}; give a number from 0 to {2**32 - 1}.")
     where = _checked(model, experts=experts, top_k=top_k, noise=noise, router_std=router_std)
-    if capacity_factor is not None and not capacity_factor > 0:
+    if capacity_factor is not None and not 0 < capacity_factor < math.inf:
         raise InputError(
             f"capacity_factor is {capacity_factor}; give a positive number, such as 1.25, or None "
             "to drop no token."
@@ -105,8 +109,8 @@ def _checked(
             f"top_k is {top_k}, of {experts} experts; give a number from 1 to {experts}."
         )
     for name, value in (("noise", noise), ("router_std", router_std)):
-        if not 0 <= value < float("inf"):
-            raise InputError(f"{name} is {value}; give a number that is not negative, or 0.")
+        if not 0 <= value <= _MOST_NOISE:
+            raise InputError(f"{name} is {value}; give a number from 0 to {_MOST_NOISE:g}.")
     return where
 
 

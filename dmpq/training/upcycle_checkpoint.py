@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +12,7 @@ import transformers
 from transformers import AutoConfig
 
 from dmpq.errors import InputError, first_line
+from dmpq.files import remove
 from dmpq.moe import TextModel, check_weights, checkpoint_source, load_tokenizer
 from dmpq.training.upcycle import upcycle
 
@@ -54,7 +54,7 @@ def upcycle_checkpoint(
     dense, tokenizer = _dense(name, revision, trust_remote_code)
     sparse = upcycle(dense, **options)
     partial = folder.parent / f".{folder.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     sparse.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     os.replace(partial, folder)
@@ -75,6 +75,11 @@ def _dense(name: str, revision: str | None, trust_remote_code: bool) -> tuple[An
     }
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        if config.is_encoder_decoder:
+            raise InputError(
+                f"{name} is an encoder-decoder (family {config.model_type!r}); upcycle an encoder "
+                "or a decoder."
+            )
         kinds = [getattr(transformers, one) for one in _AUTO_CLASSES]
         able = [kind for kind in kinds if type(config) in kind._model_mapping]
         named = [
@@ -85,6 +90,8 @@ def _dense(name: str, revision: str | None, trust_remote_code: bool) -> tuple[An
         loaded: Any = (named or able or kinds)[0].from_pretrained(
             source, dtype="auto", use_safetensors=True, output_loading_info=True, **options
         )
+    except InputError:
+        raise
     except Exception as error:  # a damaged checkpoint raises whatever its reader raises
         raise InputError(
             f"The checkpoint {name} cannot be read ({first_line(error)}); give a local folder "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -15,7 +16,7 @@ from transformers import AutoConfig
 
 from dmpq.batches import Batch, as_text
 from dmpq.data import TokenRequest, load_splits, token_stream, training_text
-from dmpq.errors import InputError
+from dmpq.errors import InputError, first_line, is_out_of_memory
 from dmpq.families import auto_class, find_containers
 from dmpq.files import JsonLines
 from dmpq.moe import (
@@ -168,12 +169,19 @@ class Workbench:
             if step % every == 0 or step == total:
                 scaler = trainer.accelerator.scaler
                 scale = {} if scaler is None else {"loss_scale": scaler.get_scale()}
-                log.append({"step": step, **objective.means(), **scale})
+                means = {k: v if math.isfinite(v) else None for k, v in objective.means().items()}
+                log.append({"step": step, **means, **scale})
             progress(stage, step, total)
 
         counter = StepCounter(said)
         trainer = MoETrainer(
-            self.model, loss, self.steps, self.schedule(), folder, callbacks=[counter]
+            self.model,
+            loss,
+            self.steps,
+            self.schedule(),
+            folder,
+            made_of=_made_of(self.model, self.steps),
+            callbacks=[counter],
         )
         counter.trainer = trainer
         for callback in callbacks(trainer):
@@ -196,6 +204,17 @@ class Workbench:
         return stack
 
 
+def _made_of(model: TextModel, steps: Steps) -> str:
+    """Return a hash of the weights that a training begins with, and of what it reads."""
+    found = hashlib.sha256(steps.identity)
+    for name, parameter in model.model.named_parameters():
+        found.update(f"{name} {tuple(parameter.shape)}".encode())
+        found.update(
+            parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
+    return found.hexdigest()
+
+
 def workbench(config: TrainingConfig) -> Workbench:
     """Return what a configuration asks for, loaded and cut.
 
@@ -215,6 +234,7 @@ def workbench(config: TrainingConfig) -> Workbench:
         bench = _on_text(config, text_model, tokenizer)
     else:
         bench = _on_task(config, text_model, tokenizer, tables)
+    _check_that_it_runs(bench)
     return replace(bench, dtype=_stored_dtype(config))
 
 
@@ -229,6 +249,20 @@ def _stored_dtype(config: TrainingConfig) -> torch.dtype:
     ).dtype
     found: torch.dtype = getattr(torch, told) if isinstance(told, str) else told or torch.float32
     return found
+
+
+def _check_that_it_runs(bench: Workbench) -> None:
+    """Run a small batch: what a config.json says may only fail in a forward."""
+    try:
+        with torch.no_grad():
+            bench.heldout[0].probe().logits(bench.model)
+    except Exception as error:  # each module raises its own
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"The model {bench.config.model} cannot run ({first_line(error)}); its config.json "
+            "does not describe weights that work together: get it again."
+        ) from error
 
 
 def _load(config: TrainingConfig, tables: Tables | None) -> tuple[Any, Any]:
@@ -253,8 +287,9 @@ def _load(config: TrainingConfig, tables: Tables | None) -> tuple[Any, Any]:
         new_head = {}
     if finetuned.from_scratch:
         return _from_scratch(config, head, new_head or {})
+    torch.manual_seed(config.seed)  # of a new head
     try:
-        return load_transformer(
+        model, tokenizer = load_transformer(
             config.model,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
@@ -263,9 +298,15 @@ def _load(config: TrainingConfig, tables: Tables | None) -> tuple[Any, Any]:
         )
     except HeadMissingError as error:
         raise InputError(
-            f"{config.model} has no head for {config.task} ({error}); give --new-head for one "
-            "with the labels of the data."
+            f"{config.model} has no head for {config.task} ({first_line(error)}); give --new-head "
+            "for one with the labels of the data."
         ) from error
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise InputError(
+            f"The checkpoint {config.model} is quantized already, so that its weights cannot be "
+            "trained; give the one that it was made from."
+        )
+    return model, tokenizer
 
 
 def _from_scratch(config: TrainingConfig, head: str, entries: dict[str, Any]) -> tuple[Any, Any]:
@@ -276,17 +317,19 @@ def _from_scratch(config: TrainingConfig, head: str, entries: dict[str, Any]) ->
         "local_files_only": local,
         "trust_remote_code": config.trust_remote_code,
     }
-    tokenizer = load_tokenizer(config.model, source, options)
-    shape = AutoConfig.from_pretrained(source, **options, **entries)
-    kind = auto_class(shape) if head == LANGUAGE_MODELLING else HEADS[head]
     torch.manual_seed(config.seed)
     try:
-        return kind.from_config(shape, dtype=torch.float32), tokenizer
-    except ValueError as error:
+        shape = AutoConfig.from_pretrained(source, **options, **entries)
+        kind = auto_class(shape) if head == LANGUAGE_MODELLING else HEADS[head]
+        model = kind.from_config(shape, dtype=torch.float32)
+    except Exception as error:  # a strange config raises whatever its reader raises
+        if is_out_of_memory(error):
+            raise
         raise InputError(
-            f"{config.model} is of family {shape.model_type!r}, of which this version of "
-            f"transformers has no model for {head}; give another --model or --task."
+            f"{config.model} describes no model for {head} that can be built "
+            f"({first_line(error)}); mend its config.json, or give another --model or --task."
         ) from error
+    return model, load_tokenizer(config.model, source, options)
 
 
 def _on_text(config: TrainingConfig, model: TextModel, tokenizer: Any) -> Workbench:

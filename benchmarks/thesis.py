@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 import transformers
-from thesis_data import CLASSIFICATION, ENTITIES, Study, bare_encoder, our_studies, texts_of
+from thesis_data import CLASSIFICATION, ENTITIES, OURS, Study, bare_encoder, our_studies, texts_of
 from thesis_pages import write_pages
 from thesis_runs import (
     RECIPES,
@@ -73,8 +73,8 @@ def main() -> int:
     parser.add_argument("--dataset", help="your own data: a file, a folder, or a hub name")
     parser.add_argument("--task", choices=(CLASSIFICATION, ENTITIES))
     parser.add_argument("--model", help="your own dense encoder (default: a small one, untrained)")
-    parser.add_argument("--only", nargs="+", help="names of data sets")
-    parser.add_argument("--amp-steps", type=int, default=120, help="of each run in low precision")
+    parser.add_argument("--only", nargs="+", choices=OURS, help="some of our data sets")
+    parser.add_argument("--amp-steps", type=int, default=80, help="of each run in low precision")
     parser.add_argument(
         "--seeds", type=int, default=3, help="of the runs at the middle batch size"
     )
@@ -102,6 +102,10 @@ def main() -> int:
 
 def _studies(arguments: argparse.Namespace) -> list[Study]:
     if arguments.dataset is None:
+        if not (arguments.data / "sst2").is_dir():
+            raise InputError(
+                f"{arguments.data} holds no sst2; give --data, or your own --dataset."
+            )
         found = our_studies(arguments.data, arguments.work)
         return [one for one in found if not arguments.only or one.name in arguments.only]
     if arguments.task is None:
@@ -157,7 +161,7 @@ def _first(study: Study, work: Path, recipe: Recipe, model: str | None) -> Path:
         return training(study, model, work / "first", recipe, *half, "--new-head")
     bare = work / "bare"
     if not (bare / "config.json").exists():
-        bare_encoder(bare, texts_of(study.dataset), vocabulary=3000, hidden=64)
+        bare_encoder(bare, texts_of(study), vocabulary=3000, hidden=64)
     return training(study, bare, work / "first", recipe, *half, "--from-scratch")
 
 
@@ -250,7 +254,7 @@ def precisions(
             middle = batch == BATCHES[1]
             if kind == "dense" and not middle:
                 continue
-            for seed in range(arguments.seeds if middle else 1):
+            for seed in range(arguments.seeds if middle and kind == "MoE" else 1):
                 for precision in PRECISIONS:
                     out = work / f"amp-{kind}-{batch}-{seed}-{precision}"
                     own = Recipe(recipe.epochs, batch, recipe.learning_rate / 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,13 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, PreTrainedTokenizerFast
 
+from dmpq.tasks.examples import Encoder
+from dmpq.tasks.splits import TASKS
 from dmpq.tasks.tables import read_tables
 
 Row = dict[str, Any]
 PAD, CLS, SEP = "[PAD]", "[CLS]", "[SEP]"
+LONGEST = 60
 CLASSIFICATION, ENTITIES = "classification", "token-classification"
 
 
@@ -49,12 +54,16 @@ def _sst2(data: Path) -> dict[str, list[Row]]:
 
 
 def _sentences(text: str) -> list[Row]:
-    """Return the sentences of a file of a word and its tag per line."""
+    """Return the sentences of a file of a word and its tag per line.
+
+    Sentences of more than :data:`LONGEST` words, which may be more tokens than the encoder reads,
+    are left out; the page says how many examples there are.
+    """
     rows = []
-    for block in text.replace("\r\n", "\n").split("\n\n"):
+    for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n")):
         pairs = [line.split() for line in block.splitlines() if line.strip()]
         pairs = [pair for pair in pairs if len(pair) > 1 and pair[0] != "-DOCSTART-"]
-        if 0 < len(pairs) < 60:
+        if 0 < len(pairs) <= LONGEST:
             rows.append({"tokens": [p[0] for p in pairs], "ner_tags": [p[-1] for p in pairs]})
     return rows
 
@@ -89,24 +98,24 @@ def our_studies(data: Path, work: Path) -> list[Study]:
     for name, (task, read) in OURS.items():
         folder = work / f"{name}-data"
         if not folder.exists():
-            folder.mkdir(parents=True)
+            partial = work / f".{name}-{os.getpid()}"
+            partial.mkdir(parents=True)
             for split, rows in read(data).items():
                 lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+                (partial / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+            os.replace(partial, folder)
         found.append(Study(name, task, str(folder)))
     return found
 
 
-def texts_of(dataset: str) -> list[str]:
-    """Return the texts that a data set trains on, whatever its columns are called."""
-    found = []
-    for row in read_tables(dataset).calibration:
-        for value in row.values():
-            if isinstance(value, list) and value and isinstance(value[0], str):
-                found.append(" ".join(value))
-            elif isinstance(value, str) and len(value.split()) > 1:
-                found.append(value)
-    return found
+def texts_of(study: Study) -> list[str]:
+    """Return the texts that a data set trains on: of its columns of texts or of words."""
+    tables = read_tables(study.dataset)
+    bare = TASKS[study.task](Encoder(None, {}, 0, 0))
+    columns = bare.columns(tables.columns, text=None, label=None, where=study.dataset)
+    names = [name for purpose, name in columns.items() if purpose in ("text", "second", "words")]
+    values = [row[name] for row in tables.calibration for name in names]
+    return [" ".join(value) if isinstance(value, list) else str(value) for value in values]
 
 
 def bare_encoder(folder: Path, texts: Sequence[str], *, vocabulary: int, hidden: int) -> Path:

@@ -82,17 +82,11 @@ def models(one: Kept) -> str:
     for name, facts in one["trained"].items():
         row = facts["rows"]["after"]
         lines.append(
-            f"| {name} | {100 * accuracy(row):.1f} | {row['f1']:.1f} | {facts['parameters']:,}, "
+            f"| {name} | {100 * row['accuracy']:.1f} | {row['f1']:.1f} | {facts['parameters']:,}, "
             f"{facts['active_parameters']:,} | {facts['samples_per_second']:.0f} | "
             f"{facts['peak_bytes'] / 1e6:.0f} |"
         )
     return "\n".join(lines)
-
-
-def accuracy(row: Kept) -> float:
-    """Return the share of answers that are right; metrics of classification are in percent."""
-    value = float(row["accuracy"])
-    return value / 100 if value > 1 else value
 
 
 def widths(one: Kept) -> str:
@@ -115,7 +109,7 @@ def precision(one: Kept) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for (kind, batch, name), runs in grouped(one).items():
-        found = [100 * accuracy(run["rows"]["after"]) for run in runs]
+        found = [100 * run["rows"]["after"]["accuracy"] for run in runs]
         spread = f" ± {np.std(found, ddof=1):.1f}" if len(found) > 1 else ""
         cells = [f"{np.mean(found):.1f}{spread}"]
         cells.append(f"{np.mean([run['samples_per_second'] for run in runs]):.0f}")
@@ -153,7 +147,7 @@ def verdict(one: Kept) -> str:
         if name == "fp32" or len(runs) < 2:
             continue
         mine, theirs = (
-            [100 * accuracy(run["rows"]["after"]) for run in some] for some in (runs, base)
+            [100 * run["rows"]["after"]["accuracy"] for run in some] for some in (runs, base)
         )
         apart, spread = np.mean(mine) - np.mean(theirs), np.std(theirs, ddof=1)
         holds = "within" if abs(apart) <= spread else "beyond"

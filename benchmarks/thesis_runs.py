@@ -18,6 +18,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from thesis_data import CLASSIFICATION, ENTITIES, Study
 
 from dmpq.bitmap import BitMap
+from dmpq.errors import InputError
 from dmpq.formats import Menu
 from dmpq.tasks.examples import TaskBatch
 from dmpq.training.config import FinetuneConfig
@@ -71,7 +72,13 @@ def command(*words: object, out: Path, threads: int = 1) -> Path:
         given = [str(word) for word in words]
         options = [] if given[0] == "train" and given[1] == "upcycle" else ["--threads", threads]
         line = [sys.executable, "-m", f"dmpq.{given[0]}", *given[1:], *map(str, options)]
-        subprocess.run([*line, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+        ended = subprocess.run(
+            [*line, "--out", str(out)], stdout=subprocess.DEVNULL, check=False
+        ).returncode
+        if ended:
+            raise InputError(
+                f"{' '.join(line[2:5])} ended with {ended}; its own message is above."
+            )
         done.touch()
     return out
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dmpq.bitmap import BitMap
     from dmpq.training.config import QatConfig, TrainingConfig
     from dmpq.training.judging import Judgement
+    from dmpq.training.qat import Trained
     from dmpq.training.workbench import Progress
 
 _WRITTEN: Final = (
@@ -161,7 +162,7 @@ def _trained_under(
     return 0
 
 
-def _pack(trained: Any, bitmap: BitMap, folder: Path, show: Progress) -> None:
+def _pack(trained: Trained, bitmap: BitMap, folder: Path, show: Progress) -> None:
     """Write the packed checkpoint with the ranges that were learned."""
     from dataclasses import replace
 
@@ -304,13 +305,13 @@ def _say(
     table = Table(box=None, pad_edge=False, padding=(0, 2))
     first = next(iter(rows.values()))
     table.add_column("held-out")
-    names = ["perplexity", "accuracy", *([] if first.kl is None else ["KL"]), *first.metrics]
-    for name in names:
+    metrics = [name for name in first.metrics if name != "accuracy"]
+    for name in ("perplexity", "accuracy", *([] if first.kl is None else ["KL"]), *metrics):
         table.add_column(name, justify="right")
     for name, row in rows.items():
         cells = [f"{row.perplexity:.4f}", f"{row.accuracy:.2%}"]
         cells += [] if row.kl is None else [f"{row.kl:.5f}"]
-        table.add_row(name, *cells, *(f"{value:.2f}" for value in row.metrics.values()))
+        table.add_row(name, *cells, *(f"{row.metrics[one]:.2f}" for one in metrics))
     console.print(table)
     console.print(f"  wrote {folder}/ {' '.join(written)}", soft_wrap=True)
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from dmpq.moe import MoEModel, reference_path
 from dmpq.train import main
+from dmpq.training import trainer as trainers
 from dmpq.training.amp_probe import AmpProbe, _underflow
 from dmpq.training.config import FinetuneConfig
 from dmpq.training.fake_quant import TrainedExperts
@@ -303,3 +304,23 @@ def test_what_cannot_be_upcycled_is_refused(options, said, dense, tmp_path, caps
     assert said in error
     assert error.count("\n") == 1
     assert not out.exists()
+
+
+def test_what_was_noted_before_an_interruption_is_kept(sparse, dense, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("--precision", "fp16", "--balance", "1000", "--probe-every", "2")
+    assert finetune(sparse, dense / "text.txt", whole, *options) == 0
+    after = trainers.MoETrainer.after_step
+
+    def interrupted(self):
+        after(self)
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.MoETrainer, "after_step", interrupted)
+        assert finetune(sparse, dense / "text.txt", cut, *options) == 130
+    assert finetune(sparse, dense / "text.txt", cut, *options) == 0
+    for name in ("probes", "loss_scales", "skipped_steps", "rows"):
+        assert facts(cut)[name] == facts(whole)[name]
+    assert [one["step"] for one in facts(cut)["probes"]] == [0, 2, 4, 6]

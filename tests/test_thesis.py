@@ -34,14 +34,17 @@ def test_the_encoder_reads_any_script(tmp_path):
 
 
 def test_texts_are_found_whatever_columns_are_called(tmp_path):
-    rows = [{"review": text, "label": "x", "words": text.split()} for text in GREEK] * 2
-    found = data.texts_of(str(examples(tmp_path, rows)))
-    assert set(found) <= set(GREEK)
-    assert len(found) >= 8
+    texts = [*GREEK, "我喜欢这部电影"]
+    rows = [{"review": text, "label": "x y"} for text in texts] * 2
+    study = data.Study("x", data.CLASSIFICATION, str(examples(tmp_path, rows)))
+    assert set(data.texts_of(study)) <= set(texts)
+    rows = [{"tokens": text.split(), "ner_tags": ["B-PER"] * len(text.split())} for text in texts]
+    study = data.Study("x", data.ENTITIES, str(examples(tmp_path, rows * 2, name="words")))
+    assert set(data.texts_of(study)) == set(texts)
 
 
 def test_our_files_are_split_without_overlap(tmp_path):
-    text = "a O\nb B-PER\n\n-DOCSTART- O\n\nc O\n"
+    text = "a O\nb B-PER\n\t\n-DOCSTART- O\n\nc O\n"
     assert data._sentences(text) == [
         {"tokens": ["a", "b"], "ner_tags": ["O", "B-PER"]},
         {"tokens": ["c"], "ner_tags": ["O"]},

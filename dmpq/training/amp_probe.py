@@ -54,8 +54,6 @@ class AmpProbe:
     """
 
     def __init__(self, bench: Workbench, *, every: int) -> None:
-        self.comparisons: list[Comparison] = []
-        self.loss_scales: list[tuple[int, float]] = []
         self.seconds = 0.0
         self._bench = bench
         self._every = every
@@ -75,13 +73,15 @@ class AmpProbe:
         """Note the loss scale, and compare where it is time."""
         scaler = trainer.accelerator.scaler
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        if scaler is not None and (not self.loss_scales or self.loss_scales[-1][1] != scale):
-            self.loss_scales.append((step, scale))
+        scales = trainer.records.setdefault("loss_scales", [])
+        if scaler is not None and (not scales or scales[-1][1] != scale):
+            scales.append([step, scale])
         low = autocast_type(self._bench.config.precision)
         if low is None or not self._every or step % self._every:
             return
         began = time.monotonic()
-        self.comparisons.append(self._compared(step, scale, low))
+        found = vars(self._compared(step, scale, low))
+        trainer.records.setdefault("probes", []).append(found)
         self.seconds += time.monotonic() - began
 
     def _compared(self, step: int, scale: float, low: torch.dtype) -> Comparison:

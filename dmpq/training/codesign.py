@@ -17,6 +17,7 @@ from dmpq.errors import InputError, first_line
 from dmpq.files import JsonLines, replace_atomically
 from dmpq.formats import Menu
 from dmpq.guard import make_agent, run_agent
+from dmpq.moe import MoEModel
 from dmpq.provenance import bitmap_of
 from dmpq.report import Row
 from dmpq.session import Session
@@ -106,7 +107,7 @@ def codesign(config: CodesignConfig, folder: Path, progress: Progress) -> Codesi
         changed = 1.0 if before is None else float((formats != before).any(1).mean())
         if before is not None and changed <= config.stable:
             return Codesigned(bench, rounds, True, folder / f"round-{number - 1}")
-        rows = _trained(config, bench, place, formats, judge, (teacher, progress), number)
+        rows = _trained(config, bench, place, formats, judge, teacher, progress, number)
         rounds.append(Round(number, bitmap, changed, rows))
         before = formats
     return Codesigned(bench, rounds, False, folder / f"round-{config.rounds}")
@@ -173,14 +174,14 @@ def _trained(
     place: Path,
     formats: NDArray[np.int64],
     judge: Judge,
-    helpers: tuple[Any, Progress],
+    teacher: MoEModel,
+    progress: Progress,
     number: int,
 ) -> dict[str, Judgement]:
     """Train under a map, save the weights, and return what was measured."""
     done = place / _DONE
     if done.exists():
         return _read(done)
-    teacher, progress = helpers
     moe = bench.moe
     menu = Menu.parse(config.bits, quantizer=config.quantizer, symmetric=config.symmetric)
     learner = FakeQuantizedModel(moe, menu, refresh=config.refresh)

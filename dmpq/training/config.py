@@ -87,9 +87,6 @@ class TrainingConfig:
 class FinetuneConfig(TrainingConfig):
     """Options of ``python -m dmpq.train finetune``."""
 
-    learning_rate: float = option(
-        1e-3, "at its highest; 1e-3 suits small models, 1e-5 those of billions of weights"
-    )
     from_scratch: bool = option(
         False, "begin with random weights: of --model only config.json and tokenizer are read"
     )

@@ -47,7 +47,7 @@ class Finetuned:
     tokens: int
     peak_bytes: int
     skipped: int
-    loss_scales: Sequence[tuple[int, float]]
+    loss_scales: Sequence[Sequence[float]]
     probes: Sequence[Comparison]
     active_parameters: int
     parameters: int
@@ -116,8 +116,8 @@ def finetune(config: FinetuneConfig, folder: Path, progress: Progress) -> Finetu
         tokens,
         _peak_bytes(model.model.device),
         trainer.skipped,
-        probe.loss_scales,
-        probe.comparisons,
+        trainer.records.get("loss_scales", []),
+        [Comparison(**one) for one in trainer.records.get("probes", [])],
         parameters - _idle(model),
         parameters,
     )

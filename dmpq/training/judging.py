@@ -46,9 +46,9 @@ class Judgement:
         return {
             "nll": self.nll,
             "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
-            "accuracy": self.accuracy,
-            "kl": self.kl,
             **self.metrics,
+            "accuracy": self.accuracy,  # a share, where a task tells its own in percent
+            "kl": self.kl,
         }
 
 

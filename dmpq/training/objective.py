@@ -70,9 +70,8 @@ class Objective:
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
 
-    def __call__(self, batch: Batch, step: int) -> torch.Tensor:
-        """Return the loss of a step's batch, a scalar in nats."""
-        del step
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """Return the loss of a batch, a scalar in nats."""
         with ExitStack() as watching:
             logged: list[torch.Tensor] = []
             if self._routers is not None:

@@ -103,6 +103,10 @@ class Schedule:
 class MoETrainer(Trainer):
     """Trains a text model by a loss of ours.
 
+    Attributes:
+        skipped: Steps that FP16's loss scale left out.
+        records: What callbacks note of the training's course, plain JSON values, by name.
+
     Args:
         model: The model; its parameters that ask for gradients are trained.
         loss: Of a batch.
@@ -129,6 +133,7 @@ class MoETrainer(Trainer):
         self.schedule = schedule
         self.folder = folder
         self.skipped = 0
+        self.records: dict[str, list[Any]] = {}
         self._loss = loss
         self._data = StepData(steps, schedule.steps * schedule.accumulate)
         self._skipped_in_a_row = 0
@@ -277,6 +282,7 @@ class MoETrainer(Trainer):
             **{name: part.state_dict() for name, part in self._moving_parts().items()},
             "random": random_state(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            "records": self.records,
             "skipped": [self.skipped, self._skipped_in_a_row, self._scale],
         }
         save_state(partial / _STATE, state)
@@ -305,6 +311,7 @@ class MoETrainer(Trainer):
         for name, part in self._moving_parts().items():
             part.load_state_dict(state[name])
         self.skipped, self._skipped_in_a_row, self._scale = state["skipped"]
+        self.records = state["records"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

@@ -160,7 +160,7 @@ class Workbench:
 
         def loss(batch: Batch, step: int) -> torch.Tensor:
             on_batch(step, batch)
-            return objective(batch, step)
+            return objective(batch)
 
         log = JsonLines(folder / "log.jsonl")
         total, every = self.num_steps, max(1, self.num_steps // 100)
@@ -268,8 +268,9 @@ def _check_that_it_runs(bench: Workbench) -> None:
 def _load(config: TrainingConfig, tables: Tables | None) -> tuple[Any, Any]:
     head = LANGUAGE_MODELLING if config.task is None else TASKS[config.task].head
     new_head = None
-    finetuned = config if isinstance(config, FinetuneConfig) else FinetuneConfig()
-    wants_head = finetuned.new_head or finetuned.from_scratch
+    begins_anew = isinstance(config, FinetuneConfig) and config.from_scratch
+    asks = isinstance(config, FinetuneConfig) and config.new_head
+    wants_head = asks or begins_anew
     if tables is not None and wants_head and config.task != "question-answering":
         assert config.task is not None
         names = label_names(
@@ -283,9 +284,9 @@ def _load(config: TrainingConfig, tables: Tables | None) -> tuple[Any, Any]:
             "id2label": dict(enumerate(names)),
             "label2id": {name: number for number, name in enumerate(names)},
         }
-    elif finetuned.new_head:
+    elif asks:
         new_head = {}
-    if finetuned.from_scratch:
+    if begins_anew:
         return _from_scratch(config, head, new_head or {})
     torch.manual_seed(config.seed)  # of a new head
     try:

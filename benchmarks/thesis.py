@@ -57,7 +57,7 @@ EXPERTS, TOP_K = 4, 2
 BITS = "2,3,4,8,16"
 BUDGET = 2.75
 PRECISIONS = ("fp32", "bf16", "fp16")
-BATCHES = (16, 32, 64)
+BATCHES = (8, 16, 32)
 SHOWN = 6
 """Predictions of each kind on the page."""
 
@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--task", choices=(CLASSIFICATION, ENTITIES))
     parser.add_argument("--model", help="your own dense encoder (default: a small one, untrained)")
     parser.add_argument("--only", nargs="+", choices=OURS, help="some of our data sets")
-    parser.add_argument("--amp-steps", type=int, default=80, help="of each run in low precision")
+    parser.add_argument("--amp-steps", type=int, default=60, help="of each run in low precision")
     parser.add_argument(
         "--seeds", type=int, default=3, help="of the runs at the middle batch size"
     )

@@ -19,7 +19,8 @@ from dmpq.files import replace_atomically
 Kept = dict[str, Any]
 METRICS = ("accuracy", "precision", "recall", "f1")
 _NOTE = {
-    CLASSIFICATION: "precision, recall and F1 are means over the classes",
+    CLASSIFICATION: "precision, recall and F1 are means over the classes, but in the first table F1 "
+    "is the second class's, as in GLUE",
     "token-classification": "precision, recall and F1 are of whole entities (seqeval), accuracy "
     "of single words",
 }
@@ -196,7 +197,7 @@ def predictions(one: Kept) -> str:
             said.setdefault(rows[number][2], []).append(name)
         for answer, names in said.items():
             mark = "right" if answer == right else "wrong"
-            lines.append(f"- {', '.join(names)}: {answer} ({mark})")
+            lines.append(f"- {'; '.join(names)}: {answer} ({mark})")
         lines.append("")
     return "\n".join(lines)
 
@@ -242,7 +243,7 @@ def draw_confusion(one: Kept, file: Path) -> None:
                 text = f"{shares[i, j]:.0%}"
                 axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
     panels[0].set_ylabel("right")
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 

@@ -19,8 +19,8 @@ from dmpq.files import replace_atomically
 Kept = dict[str, Any]
 METRICS = ("accuracy", "precision", "recall", "f1")
 _NOTE = {
-    CLASSIFICATION: "precision, recall and F1 are means over the classes, but in the first table F1 "
-    "is the second class's, as in GLUE",
+    CLASSIFICATION: "precision, recall and F1 are means over the classes, but in the first table "
+    "F1 is the second class's, as in GLUE",
     "token-classification": "precision, recall and F1 are of whole entities (seqeval), accuracy "
     "of single words",
 }

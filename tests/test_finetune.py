@@ -5,13 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from trainings import examples, parameters, text_file, tiny_model
+from trainings import dense_model, examples, interrupted_after, parameters, text_file, tiny_model
 from transformers import AutoModelForCausalLM as AutoLM
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForSequenceClassification
 
-from dmpq.moe import MoEModel, reference_path
+from dmpq.moe import MoEModel
 from dmpq.train import main
-from dmpq.training import trainer as trainers
 from dmpq.training.amp_probe import AmpProbe, _underflow
 from dmpq.training.config import FinetuneConfig
 from dmpq.training.fake_quant import TrainedExperts
@@ -26,21 +25,7 @@ WORDS = {"good": "positive", "fine": "positive", "bad": "negative", "poor": "neg
 def dense(tmp_path_factory):
     """A dense model that reads bytes, and a text beside it."""
     folder = tmp_path_factory.mktemp("dense")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=256,
-        bos_token_id=None,
-        eos_token_id=256,
-    )
-    AutoLM.from_config(config).save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(reference_path()).save_pretrained(folder / "model")
+    dense_model(folder / "model")
     text_file(folder)
     return folder
 
@@ -306,19 +291,11 @@ def test_what_cannot_be_upcycled_is_refused(options, said, dense, tmp_path, caps
     assert not out.exists()
 
 
-def test_what_was_noted_before_an_interruption_is_kept(sparse, dense, tmp_path, monkeypatch):
+def test_what_was_noted_before_an_interruption_is_kept(sparse, dense, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ("--precision", "fp16", "--balance", "1000", "--probe-every", "2")
     assert finetune(sparse, dense / "text.txt", whole, *options) == 0
-    after = trainers.MoETrainer.after_step
-
-    def interrupted(self):
-        after(self)
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers.MoETrainer, "after_step", interrupted)
+    with interrupted_after(6):
         assert finetune(sparse, dense / "text.txt", cut, *options) == 130
     assert finetune(sparse, dense / "text.txt", cut, *options) == 0
     for name in ("probes", "loss_scales", "skipped_steps", "rows"):

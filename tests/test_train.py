@@ -7,7 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from trainings import MENU, bitmap_for, loaded, parameters, text_file, tiny_model
+from trainings import (
+    MENU,
+    bitmap_for,
+    interrupted_after,
+    loaded,
+    parameters,
+    text_file,
+    tiny_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dmpq.hf  # noqa: F401, registers the format
@@ -97,7 +105,7 @@ def test_the_packed_checkpoint_is_what_was_judged(trained, tmp_path):
 
 
 @pytest.mark.parametrize("more", [[], ["--precision", "fp16"], ["--maps", "random"]])
-def test_an_interrupted_training_ends_at_the_same_bits(more, place, tmp_path, monkeypatch):
+def test_an_interrupted_training_ends_at_the_same_bits(more, place, tmp_path):
     random = "--maps" in more
     first = ["qat"] if random else ["qat", str(place / "bitmap.json")]
     own = ["--model", str(place / "model"), "--dataset", str(place / "text.txt")]
@@ -105,15 +113,7 @@ def test_an_interrupted_training_ends_at_the_same_bits(more, place, tmp_path, mo
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*first, *SMALL, *own, "--out", str(whole)]) == 0
 
-    after = trainers.MoETrainer.after_step
-
-    def interrupted(self):
-        after(self)
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers.MoETrainer, "after_step", interrupted)
+    with interrupted_after(6):
         assert main([*first, *SMALL, *own, "--out", str(cut)]) == 130
     assert [one.name for one in trainers.checkpoints(cut / "training")] == ["checkpoint-4"]
     assert not (cut / "model").exists()

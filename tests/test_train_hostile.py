@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainings import bitmap_for, examples, parameters, text_file, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from trainings import (
+    bitmap_for,
+    dense_model,
+    examples,
+    interrupted_after,
+    parameters,
+    text_file,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM
 
 from dmpq.files import remove
 from dmpq.formats import Menu
-from dmpq.moe import reference_path
 from dmpq.pruning import renormalised
 from dmpq.train import main
 from dmpq.training import trainer as trainers
@@ -28,19 +35,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("place")
     tiny_model(folder / "model")
     text_file(folder)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        pad_token_id=256,
-        eos_token_id=256,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "dense")
-    AutoTokenizer.from_pretrained(reference_path()).save_pretrained(folder / "dense")
+    dense_model(folder / "dense")
     return folder
 
 
@@ -58,17 +53,9 @@ def refused(capsys, code):
     return error
 
 
-def cut_short(place, out, monkeypatch):
+def cut_short(place, out):
     """Train until after the first checkpoint."""
-    after = trainers.MoETrainer.after_step
-
-    def interrupted(self):
-        after(self)
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers.MoETrainer, "after_step", interrupted)
+    with interrupted_after(5):
         assert finetune(place, out, steps=FEW) == 130
     return out / "training" / "checkpoint-4"
 
@@ -96,12 +83,10 @@ DAMAGE = {
 }
 
 
-def test_a_damaged_checkpoint_is_refused_and_its_remedy_works(
-    place, tmp_path, monkeypatch, capsys
-):
+def test_a_damaged_checkpoint_is_refused_and_its_remedy_works(place, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert finetune(place, whole, steps=FEW) == 0
-    cut_short(place, cut, monkeypatch)
+    cut_short(place, cut)
     capsys.readouterr()
     for name, damage in DAMAGE.items():
         hurt = tmp_path / "hurt"
@@ -119,13 +104,11 @@ def test_a_damaged_checkpoint_is_refused_and_its_remedy_works(
 
 
 @pytest.mark.parametrize("what", ["model", "text"])
-def test_a_model_or_text_that_has_changed_is_not_gone_on_with(
-    what, place, tmp_path, monkeypatch, capsys
-):
+def test_a_model_or_text_that_has_changed_is_not_gone_on_with(what, place, tmp_path, capsys):
     mine = tmp_path / "mine"
     shutil.copytree(place, mine)
     out = tmp_path / "out"
-    cut_short(mine, out, monkeypatch)
+    cut_short(mine, out)
     capsys.readouterr()
     if what == "model":
         shutil.rmtree(mine / "model")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import exports
 import numpy as np
+import pytest
 import torch
 from conftest import FAMILIES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from dmpq.bitmap import BitMap
 from dmpq.formats import Menu
 from dmpq.moe import MoEModel, load_model, reference_path
+from dmpq.training.trainer import MoETrainer
 
 MENU = Menu.parse("2,3g16,4,16")
 _SHAPE: dict[str, Any] = {
@@ -44,6 +48,31 @@ def tiny_model(folder: Path, family: str = "olmoe", *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(reference_path()).save_pretrained(folder)
     return folder
+
+
+def dense_model(folder: Path) -> Path:
+    """Write a tiny random dense model that reads bytes, and its tokenizer."""
+    torch.manual_seed(0)
+    shape = {name: value for name, value in _SHAPE.items() if name != "head_dim"}
+    config = LlamaConfig(**shape, intermediate_size=48)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(reference_path()).save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def interrupted_after(step: int) -> Iterator[None]:
+    """Let Ctrl-C end every training after a step while the block lasts."""
+    after = MoETrainer.after_step
+
+    def interrupted(self: MoETrainer) -> None:
+        after(self)
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoETrainer, "after_step", interrupted)
+        yield
 
 
 def text_file(folder: Path, *, sentences: int = 400) -> Path:

@@ -24,8 +24,6 @@ Flags = NDArray[np.bool_]
 
 _PRICES: Final = 64
 """Of one limit; of limits of both kinds, so many pairs of prices."""
-_PRICE_RANGE: Final = 30.0
-"""Each price is tried between its first guess over this and times this, and 0."""
 _WORK: Final = 1e7
 """Numbers looked at, of columns and of the beam, above which either is made smaller."""
 _LEAST_PRICES: Final = 3
@@ -145,13 +143,24 @@ class GroupMenus:
         return Columns(contents[kept], worth[kept], uses[:, kept])
 
     def _prices(self, values: Floats, taken: Floats, count: int) -> Iterator[float]:
-        """Yield prices at which decisions weigh what they take against their values."""
-        span = float(np.ptp(taken, axis=1).sum())
+        """Yield prices at which decisions weigh what they take against their values.
+
+        Between those at which a decision would exchange one format for another: there the best
+        maps change, and nowhere else.
+
+        Args:
+            values: (E, B).
+            taken: (E, B), of one limit.
+            count: Prices at most, beside 0.
+        """
+        first, second = np.triu_indices(values.shape[1], 1)
+        saved = taken[:, first] - taken[:, second]
+        lost = values[:, second] - values[:, first]
+        changes = np.unique((lost[saved != 0] / saved[saved != 0]).clip(0.0))
         yield 0.0
-        if not span:
-            return
-        guess = float(np.ptp(values, axis=1).sum()) / span
-        yield from (guess * np.geomspace(1 / _PRICE_RANGE, _PRICE_RANGE, count)).tolist()
+        between = np.append((changes[:-1] + changes[1:]) / 2, 2 * changes[-1:])
+        chosen = np.linspace(0, len(between) - 1, min(count, len(between)))
+        yield from between[chosen.round().astype(np.int64)].tolist()
 
 
 def _cheapest(columns: Sequence[Columns], limits: Floats) -> Ints | None:

@@ -45,6 +45,12 @@ _TEXT_STDS: Final = (0.0, 0.1, 0.2, 0.4, 0.8)
 _NOISE_SHARES: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Candidates for the noise, relative to the spread of what additive sensitivities miss."""
 
+_FEW: Final = 512
+"""Rows up to which the standard deviations are looked for each time."""
+
+_GROWTH: Final = 1.05
+"""By how much rows grow until they are looked for again, where there are more."""
+
 _OWN_TEXT: Final = -1
 """Number of the search's own text among the further ones."""
 
@@ -76,6 +82,7 @@ class ImportanceRegression:
         layers = problem.per_decision(problem.spec.layer_of_expert.astype(np.float64)).astype(int)
         self._in_layer = layers[:, None] == np.unique(layers)
         self._stds = tuple(kind[len(kind) // 2] for kind in _candidates(several=True))
+        self._looked_at = 0
 
     def believed_after(self, history: Sequence[Candidate]) -> Floats:
         """Return the posterior mean importances, (D,), given a search's history."""
@@ -93,7 +100,8 @@ class ImportanceRegression:
     ) -> Floats:
         """Return the posterior mean importance of each decision, (D,).
 
-        The standard deviations are looked for from those of the time before.
+        The standard deviations are looked for from those of the time before; of many evaluations
+        not each time, since every candidate takes a factorization.
 
         Args:
             maps: (n, D), evaluated maps.
@@ -132,8 +140,11 @@ class ImportanceRegression:
             rest = data.left_out / variance + data.degrees * float(np.log(variance))
             return _Fit(-float(data.missed @ weights) - log_determinant - rest, weights)
 
-        candidates = _candidates(several=len(np.unique(data.text)) > 1)
-        self._stds = _likeliest(lambda stds: fit(*stds).evidence, candidates, self._stds)
+        rows = len(data.missed)
+        if rows <= _FEW or rows >= _GROWTH * self._looked_at:
+            candidates = _candidates(several=len(np.unique(data.text)) > 1)
+            self._stds = _likeliest(lambda stds: fit(*stds).evidence, candidates, self._stds)
+            self._looked_at = rows
         own_std, layer_std, _, _ = self._stds
         weights = fit(*self._stds).weights
         overall_part = _OVERALL_STD**2 * float(total @ weights)

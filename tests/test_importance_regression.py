@@ -226,3 +226,22 @@ def test_every_granularity(serve):
     importance = posterior_importance(problem, maps, kl)
     assert importance.shape == (problem.num_decisions,)
     assert np.isfinite(importance).all()
+
+
+def test_of_many_evaluations_the_deviations_are_looked_for_as_these_grow(problem, monkeypatch):
+    from dmpq.agents import importance_regression as module
+
+    maps, rng = drawn_maps(problem, 60), np.random.default_rng(4)
+    kl = additive_kl(problem, maps, rng.lognormal(0, 0.5, 64))
+    looked = []
+    real = module._likeliest
+    monkeypatch.setattr(module, "_likeliest", lambda *given: looked.append(1) or real(*given))
+    monkeypatch.setattr(module, "_FEW", 30)
+    regression = module.ImportanceRegression(problem)
+    counts = []
+    for count in (20, 21, 41, 42, 60):  # a row less each, for the intercept
+        before = len(looked)
+        found = regression.posterior(maps[:count], kl[:count])
+        counts.append(len(looked) - before)
+    assert counts == [1, 1, 1, 0, 1]
+    np.testing.assert_allclose(found, posterior_importance(problem, maps, kl), rtol=0.05)

@@ -54,6 +54,8 @@ HELDOUT = 65536
 MAPS = ("4", "3", "2.5", "2")
 """Uniform widths, and one budget in effective bits that the knapsack spends."""
 _MIXED = "2.5"
+CODESIGNED = (2.5, 3.0)
+"""Budgets of co-design, in effective bits."""
 
 
 @dataclass(frozen=True)
@@ -160,25 +162,26 @@ def others(arguments: argparse.Namespace) -> None:
         folder = arguments.work / f"random-{config.digest()}"
         robust = qat(config, None, folder, show_progress)
         keep("random maps", {name: row.to_json() for name, row in robust.rows.items()})
-        turns = CodesignConfig(
-            **taught,
-            steps=arguments.steps // 2,
-            learning_rate=arguments.learning_rate,
-            save_every=100,
-            heldout_tokens=HELDOUT,
-            search_tokens=8192,
-            rounds=3,
-        )
-        folder = arguments.work / f"codesign-{turns.digest()}"
-        designed = codesign(turns, folder, show_progress)
-        keep(
-            "co-design, 2.5 bits",
-            {
+        for budget in CODESIGNED:
+            turns = CodesignConfig(
+                **taught,
+                avg_bits=budget,
+                steps=arguments.steps // 2,
+                learning_rate=arguments.learning_rate,
+                save_every=100,
+                heldout_tokens=HELDOUT,
+                search_tokens=8192,
+                rounds=3,
+            )
+            folder = arguments.work / f"codesign-{turns.digest()}"
+            designed = codesign(turns, folder, show_progress)
+            facts = {
                 "stable": designed.stable,
+                "changed": designed.changed,
                 "rounds": [one.to_json() for one in designed.rounds],
                 "steps": turns.steps,
-            },
-        )
+            }
+            keep(f"co-design, {budget:g} bits", facts)
 
 
 def keep(name: str, facts: dict[str, Any]) -> None:
@@ -201,9 +204,13 @@ def show_others(known: dict[str, Any]) -> None:
                 for one in rounds
                 for when, row in one["rows"].items()
             }
-        for label, row in rows.items():
+        for label in sorted(rows, key=lambda label: label.replace("before", "")):
+            row = rows[label]
             cells = f"{row['perplexity']:.4f} | {row['accuracy']:.2%} | {row['kl']:.4f}"
             print(f"| {label} | {cells} |")
+        if rounds is not None:
+            stays = "the map stays" if facts["stable"] else "the map still changes"
+            print(f"\nThe last search gave {facts['changed']:.0%} another format: {stays}.")
 
 
 def effective(bitmap: BitMap) -> float:

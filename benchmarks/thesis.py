@@ -8,10 +8,11 @@ r"""The thesis: sentiment and named entities with mixed precision, experts and q
 
 A small BERT is trained from nothing (or a user's encoder, ``--model``) for the first half of its
 epochs; then it goes on as it is, and, by sparse upcycling, as an MoE of 4 experts in each layer,
-two per token. The MoE's experts are quantized uniformly and by a map that a search finds, and
-trained under the narrowest and the found map. On the first data set MoE and dense model are also
-trained in FP32, BF16 and FP16, at several batch sizes and seeds. Every training is a command
-in a process of its own; those that are finished are not run again.
+two per token. Beside them that MoE is trained from nothing, for both halves. The MoE's experts are
+quantized uniformly and by a map that a search finds, and trained under the narrowest and the found
+map. On the first data set MoE and dense model are also trained in FP32, BF16 and FP16, at several
+batch sizes and seeds. Every training is a command in a process of its own; those that are finished
+are not run again.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from thesis_data import CLASSIFICATION, ENTITIES, OURS, Study, bare_encoder, our_studies, texts_of
 from thesis_pages import write_pages
 from thesis_runs import (
     RECIPES,
+    Answers,
     Recipe,
     answers_of,
     bench_of,
@@ -50,6 +53,7 @@ from dmpq.console import quiet_libraries
 from dmpq.errors import InputError
 from dmpq.files import replace_atomically
 from dmpq.formats import Menu
+from dmpq.training.workbench import Workbench
 
 RESULTS = Path(__file__).parent / "results" / "thesis"
 PAGE = Path(__file__).parent.parent / "docs" / "thesis.md"
@@ -60,6 +64,8 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 BATCHES = (8, 16, 32)
 SHOWN = 6
 """Predictions of each kind on the page."""
+Formats = tuple[NDArray[np.int64] | None, Menu | None]
+"""Menu indices (N, 2) and what they point into; none for full precision."""
 
 
 def main() -> int:
@@ -130,6 +136,8 @@ def run(study: Study, arguments: argparse.Namespace) -> None:
         out=work / "upcycled",
     )
     moe = training(study, upcycled, work / "moe", recipe, *second)
+    whole = ("--epochs", 2 * recipe.epochs, "--seed", 1)
+    anew = training(study, upcycled, work / "anew", recipe, *whole, "--from-scratch")
     bench = bench_of(study, moe / "model")
     kept: dict[str, Any] = {
         "name": study.name,
@@ -139,8 +147,9 @@ def run(study: Study, arguments: argparse.Namespace) -> None:
             "dense, first half": facts(first),
             "dense, both halves": facts(dense),
             "MoE, second half": facts(moe),
+            "MoE from nothing, both halves": facts(anew),
         },
-        "bits": quantized(study, work, moe, recipe),
+        "bits": quantized(study, work, moe, anew, recipe),
         "predictions": {},
         "precision": [],
     }
@@ -165,8 +174,16 @@ def _first(study: Study, work: Path, recipe: Recipe, model: str | None) -> Path:
     return training(study, bare, work / "first", recipe, *half, "--from-scratch")
 
 
-def quantized(study: Study, work: Path, moe: Path, recipe: Recipe) -> dict[str, Any]:
-    """Return what every width, a found map, and training under maps are worth."""
+def quantized(study: Study, work: Path, moe: Path, anew: Path, recipe: Recipe) -> dict[str, Any]:
+    """Return what every width, a found map, and training under maps are worth.
+
+    Args:
+        study: The data.
+        work: Where searches and trainings are.
+        moe: The upcycled model.
+        anew: The one from nothing, of which 16 and 2 bits are shown.
+        recipe: Of the trainings.
+    """
     data = ("--model", moe / "model", "--dataset", study.dataset, "--task", study.task)
     own = (*data, "--bits", BITS, "--weights", "acc=1", "--profile-tokens", 2048)
     small = ("--search-tokens", 4096, "--selection-tokens", 4096, "--heldout-tokens", 65536)
@@ -184,18 +201,14 @@ def quantized(study: Study, work: Path, moe: Path, recipe: Recipe) -> dict[str, 
     full = answers_of(bench, None, None)
     menu = Menu.parse(BITS)
     shape = (bench.moe.spec.num_experts, 2)
-    formats: dict[str, Any] = {"16 bits": (None, None)}
+    formats: dict[str, Formats] = {"16 bits": (None, None)}
     for key in ("8", "4", "3", "2"):
         formats[f"{key} bits"] = (np.full(shape, menu.keys.index(key)), menu)
     formats["found map"] = map_of(found / "bitmap.json", bench)
     pick = _pick(full, study.task)
     for name, (chosen, on) in formats.items():
         answers = answers_of(bench, chosen, on)
-        rows[name] = {
-            **judged(bench, answers),
-            "effective_bits": _bits(bench, chosen, on),
-            "changed": changed(answers, full),
-        }
+        rows[name] = _row(bench, (chosen, on), answers, full)
         pages[name] = told(bench, answers, pick)
     for name, bitmap in (("2 bits", narrowest), ("found map", found)):
         out = work / f"qat-{name.replace(' ', '-')}"
@@ -208,21 +221,30 @@ def quantized(study: Study, work: Path, moe: Path, recipe: Recipe) -> dict[str, 
         trained = bench_of(study, out / "model")
         chosen, on = map_of(out / "bitmap.json", trained)
         answers = answers_of(trained, chosen, on)
-        rows[f"{name}, trained"] = {
-            **judged(trained, answers),
-            "effective_bits": _bits(trained, chosen, on),
-            "changed": changed(answers, full),
-        }
+        rows[f"{name}, trained"] = _row(trained, (chosen, on), answers, full)
         pages[f"{name}, trained"] = told(trained, answers, pick)
+    other = bench_of(study, anew / "model")
+    full = answers_of(other, None, None)
+    for name in ("16 bits", "2 bits"):
+        rows[f"from nothing, {name}"] = _row(
+            other, formats[name], answers_of(other, *formats[name]), full
+        )
     return {"rows": rows, "predictions": pages}
 
 
-def _bits(bench: Any, formats: Any, menu: Menu | None) -> float:
-    if menu is None:
-        return 16.0
-    spec = bench.moe.spec
-    stored = np.take_along_axis(spec.stored_bits(menu), formats[:, :, None], 2)
-    return float(stored.sum()) / float(spec.expert_parameters)
+def _row(bench: Workbench, given: Formats, answers: Answers, full: Answers) -> dict[str, Any]:
+    """Return what answers under a map are worth, and how far they route as in full precision."""
+    chosen, menu = given
+    bits = 16.0
+    if chosen is not None and menu is not None:
+        spec = bench.moe.spec
+        stored = np.take_along_axis(spec.stored_bits(menu), chosen[:, :, None], 2)
+        bits = float(stored.sum()) / float(spec.expert_parameters)
+    return {
+        **judged(bench, answers),
+        "effective_bits": bits,
+        "changed": changed(answers, full),
+    }
 
 
 def _pick(full: Any, task: str) -> list[int]:

@@ -205,6 +205,7 @@ def _codesign(arguments: argparse.Namespace) -> int:
             {
                 "config": asdict(config),
                 "stable": made.stable,
+                "changed": made.changed,
                 "last": made.folder.name,
                 "rounds": [one.to_json() for one in made.rounds],
             },
@@ -214,10 +215,11 @@ def _codesign(arguments: argparse.Namespace) -> int:
             for one in made.rounds
             for name, row in one.rows.items()
         }
-        for one in made.rounds[1:]:
-            console.print(
-                f"  round {one.number}: {one.changed:.1%} of the experts' formats changed"
-            )
+        changes = [(one.number, one.changed) for one in made.rounds[1:]]
+        if made.stable:
+            changes.append((last.number + 1, made.changed))
+        for number, changed in changes:
+            console.print(f"  search {number}: {changed:.1%} of the experts' formats changed")
         kept = "the map stays" if made.stable else f"{config.rounds} rounds, the map still changes"
         console.print(f"  {kept}")
         written = [f"{made.folder.name}/{MODEL}/", f"{made.folder.name}/{BITMAP}", "summary.json"]

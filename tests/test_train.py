@@ -248,6 +248,7 @@ def test_codesign_searches_what_it_trained(place, tmp_path, capsys):
     assert main(["codesign", *SMALL, *options, "--out", str(out)]) == 0
     facts = json.loads((out / "summary.json").read_text())
     made = facts["rounds"]
+    assert facts["stable"] == (facts["changed"] == 0)
     assert [one["round"] for one in made] == list(range(1, len(made) + 1))
     assert made[0]["changed"] == 1.0
     first, second = (BitMap.read(out / f"round-{i}/searched.json") for i in (1, 2))

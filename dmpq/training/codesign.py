@@ -65,12 +65,14 @@ class Codesigned:
         bench: The model as saved.
         rounds: All of them.
         stable: Whether the last map stayed.
+        changed: Share of experts to which the last search gave another format than the one before.
         folder: Of the last round: ``model`` and ``bitmap.json``.
     """
 
     bench: Workbench
     rounds: Sequence[Round]
     stable: bool
+    changed: float
     folder: Path
 
 
@@ -96,6 +98,7 @@ def codesign(config: CodesignConfig, folder: Path, progress: Progress) -> Codesi
     judge = bench.judge(teacher)
     rounds: list[Round] = []
     before: NDArray[np.int64] | None = None
+    changed = 1.0
     for number in range(1, config.rounds + 1):
         place = folder / f"round-{number}"
         place.mkdir(parents=True, exist_ok=True)
@@ -104,13 +107,14 @@ def codesign(config: CodesignConfig, folder: Path, progress: Progress) -> Codesi
             bench = workbench(replace(config, model=name, revision=None))
         bitmap = _searched(config, bench, place, progress, number)
         formats = check_map(bitmap, bench.moe)
-        changed = 1.0 if before is None else float((formats != before).any(1).mean())
+        if before is not None:
+            changed = float((formats != before).any(1).mean())
         if before is not None and changed <= config.stable:
-            return Codesigned(bench, rounds, True, folder / f"round-{number - 1}")
+            return Codesigned(bench, rounds, True, changed, folder / f"round-{number - 1}")
         rows = _trained(config, bench, place, formats, judge, teacher, progress, number)
         rounds.append(Round(number, bitmap, changed, rows))
         before = formats
-    return Codesigned(bench, rounds, False, folder / f"round-{config.rounds}")
+    return Codesigned(bench, rounds, False, changed, folder / f"round-{config.rounds}")
 
 
 def _searched(

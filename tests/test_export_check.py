@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from factories import make_profile, make_spec, write_bitmap
 
 from dmpq.bitmap import BitMap
 from dmpq.engines.preflight import Layout, NothingLoadable, blocks, broken_rules, nearest_loadable
-from dmpq.engines.rules import ENGINES, GRANULARITIES, engine_named, rules_page
+from dmpq.engines.rules import ENGINES, GRANULARITIES, UPCYCLED, engine_named, rules_page
 from dmpq.errors import InputError
 from dmpq.export import main
 from dmpq.formats import Menu
@@ -72,6 +73,22 @@ def test_rules_of_formats(name, menu, hidden, expected):
 def test_every_engine_but_dmpq_refuses_pruned_experts():
     bitmap = small(Menu.parse("0,4", symmetric=True), pairs=[[0, 0], [0, 0]])
     assert [e.name for e in ENGINES if not kinds(e.name, bitmap)] == ["dmpq"]
+
+
+def test_engines_with_code_of_their_own_load_no_architecture_of_ours():
+    from dmpq.upcycled import MODEL_TYPE
+
+    assert UPCYCLED == MODEL_TYPE
+    bitmap = small(SYMMETRIC, pairs=[[1, 1], [1, 1]])
+    ours = replace(bitmap, geometry=replace(bitmap.geometry, model_type=UPCYCLED))
+    for engine in ENGINES:
+        foreign = engine.name in {
+            *("vllm", "vllm-gptq", "sglang", "tensorrt-llm", "llama.cpp", "mlx"),
+        }
+        assert (kinds(engine.name, ours)[:1] == ["architecture"]) == foreign
+        if foreign:
+            with pytest.raises(NothingLoadable, match=UPCYCLED):
+                nearest_loadable(engine, ours)
 
 
 def test_blocks_of_a_granularity_hold_those_of_every_finer_one():

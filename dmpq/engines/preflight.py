@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmpq.bitmap import BitMap, assignment_from
-from dmpq.engines.rules import Engine, Rule
+from dmpq.engines.rules import UPCYCLED, Engine, Rule
 from dmpq.errors import InputError
 from dmpq.exporters.plan import pairs_of
 from dmpq.formats import DEFAULT_GROUP_SIZE, QUANTIZED_WIDTHS, Format, Menu
@@ -120,6 +120,10 @@ def zero_points_of(menu: Menu) -> str:
     return "integer" if menu.method.integer_zero else "float"
 
 
+def _unknown(layout: Layout, _: str) -> str | None:
+    return f"the model is a {UPCYCLED}" if layout.spec.model_type == UPCYCLED else None
+
+
 def _mixed(layout: Layout, allowed: str) -> str | None:
     labels = blocks(layout.spec, allowed)
     mixed = [label for label in np.unique(labels) if np.ptp(layout.pairs[labels == label])]
@@ -175,6 +179,7 @@ def _rows(layout: Layout, allowed: Mapping[int, int]) -> str | None:
 
 
 _CHECKS: Final[dict[str, Callable[[Layout, Any], str | None]]] = {
+    "architecture": _unknown,
     "granularity": _mixed,
     "widths": _outside,
     "group_sizes": _groups,
@@ -249,8 +254,11 @@ def nearest_loadable(
         InputError: If the profile is of other weights, or lacks every format that the engine
             loads.
     """
-    if not broken_rules(engine, bitmap):
+    broken = broken_rules(engine, bitmap)
+    if not broken:
         return bitmap
+    if any(one.rule.kind == "architecture" for one in broken):
+        raise NothingLoadable(f"{engine.name} loads no map of a {UPCYCLED}.")
     spec, layout = bitmap.geometry, Layout.of(bitmap)
     if profile is not None:
         _check_profile(profile, bitmap)

@@ -13,7 +13,11 @@ from typing import Final, Literal
 
 from dmpq.errors import unknown
 
-Kind = Literal["granularity", "widths", "group_sizes", "zero_points", "row_multiples"]
+Kind = Literal[
+    "architecture", "granularity", "widths", "group_sizes", "zero_points", "row_multiples"
+]
+UPCYCLED: Final = "dmpq_upcycled"
+"""The model type of upcycled checkpoints that fit no published architecture."""
 GRANULARITIES: Final = ("projection", "expert", "tensor", "layer", "model")
 """What shares one format, from fine to coarse.
 
@@ -30,7 +34,8 @@ class Rule:
     Attributes:
         kind: What it is about.
         allowed: A granularity; a set of widths, of group sizes (weights) or of kinds of
-            zero-points; or width → what the input width must be a multiple of.
+            zero-points; width → what the input width must be a multiple of; or, of
+            architectures, which ones in words.
         because: Why, in one sentence without full stop.
         source: Where that was read.
     """
@@ -97,6 +102,12 @@ _CT_EXPERT_0: Final = Rule(
     "layer",
     "the format of a layer is read off expert 0 alone, whose three matrices must agree",
     "vLLM compressed_tensors_moe.py at 0043d6b, get_moe_method",
+)
+_NO_UPCYCLED: Final = Rule(
+    "architecture",
+    f"all but {UPCYCLED}",
+    "it is registered where dmpq.hf is imported, and nowhere in the engine's own process",
+    "dmpq/upcycled.py; its config.json names no remote code",
 )
 _TOOL_ZEROS: Final = "the tool quantizes by itself, with zero-points or without"
 
@@ -165,6 +176,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
         "2026-11-30",
         "read",
         (
+            _NO_UPCYCLED,
             _CT_EXPERT_0,
             _widths(
                 4,
@@ -188,6 +200,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
         "2026-11-30",
         "read",
         (
+            _NO_UPCYCLED,
             Rule(
                 "granularity",
                 "layer",
@@ -215,6 +228,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
         "2026-11-30",
         "read",
         (
+            _NO_UPCYCLED,
             Rule(
                 "granularity",
                 "model",
@@ -249,6 +263,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
         "2026-08-22",
         "read",
         (
+            _NO_UPCYCLED,
             Rule(
                 "granularity",
                 "layer",
@@ -297,6 +312,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
         "2026-11-30",
         "read",
         (
+            _NO_UPCYCLED,
             Rule(
                 "granularity",
                 "tensor",
@@ -319,6 +335,7 @@ ENGINES: Final[tuple[Engine, ...]] = (
         "2026-11-30",
         "read",
         (
+            _NO_UPCYCLED,
             Rule(
                 "granularity",
                 "tensor",
@@ -390,6 +407,8 @@ def rules_page() -> str:
 
 
 def _allowed_text(rule: Rule) -> str:
+    if isinstance(rule.allowed, str) and rule.kind == "architecture":
+        return rule.allowed
     if isinstance(rule.allowed, str):
         return f"one format per {rule.allowed}"
     if isinstance(rule.allowed, Mapping):

@@ -305,6 +305,10 @@ def other_model(place):
         (["--model", "OTHER"], "was made for weights"),
         (["--maps", "random"], "leave one out"),
         (["--learning-rate", "-1"], "--learning-rate -1.0 makes no sense"),
+        (
+            ["--steps", "10000000000"],
+            "--steps 10000000000 makes no sense; give 1 to 1,000,000,000.",
+        ),
         (["--labels", "0", "--distillation", "0"], "all 0"),
         (["--save-every", "3"], "no multiple of --refresh 4"),
         (["--precision", "fp8"], "Unknown --precision 'fp8'"),

@@ -238,4 +238,7 @@ def check_bounds(config: Any, bounds: dict[str, tuple[float, float]]) -> None:
         value = getattr(config, name, None)
         if value is not None and not (math.isfinite(value) and least <= value <= most):
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {value} makes no sense; give {least:g} to {most:g}.")
+            allowed = " to ".join(
+                f"{one:,.0f}" if float(one).is_integer() else f"{one:g}" for one in (least, most)
+            )
+            raise InputError(f"{flag} {value} makes no sense; give {allowed}.")

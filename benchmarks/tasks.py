@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ RECIPES = {
     "token-classification": Recipe(vocabulary=3000, epochs=20, dropout=0.2),
     "question-answering": Recipe(vocabulary=3000, epochs=12, dropout=0.1),
     "translation": Recipe(vocabulary=2000, epochs=8),
-    "multiple-choice": Recipe(vocabulary=4000, epochs=6, dropout=0.05),
+    "multiple-choice": Recipe(vocabulary=4000, epochs=8, dropout=0.05),
 }
 SEARCH = ("--profile-tokens", "2048", "--search-tokens", "8192", "--selection-tokens", "8192")
 HELDOUT = 65536
@@ -146,23 +147,20 @@ def _topics(data: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _volumes(data: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return questions with the volumes of an encyclopedia, in one of which its article stands.
+def _ten_topics(data: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return questions with ten articles, always the same, that each may be about.
 
-    The articles in alphabetical order make ten volumes, always the same. Choices in another order
-    each time are beyond a model of this size and data.
+    They are those with the most questions. Choices in another order each time are beyond a model
+    of this size and data.
     """
     rows = _topics(data)
-    titles = sorted({row["label"] for row in rows["train"]})
-    volumes = np.array_split(np.array(titles), len(LETTERS))
-    names = [f"{volume[0]} to {volume[-1]}" for volume in volumes]
-    volume_of = {
-        str(title): name for name, volume in zip(names, volumes, strict=True) for title in volume
-    }
+    counts = Counter(row["label"] for row in rows["train"])
+    ten = sorted(name for name, _ in counts.most_common(10))
     return {
         split: [
-            {"question": one["sentence"], "choices": names, "answer": volume_of[one["label"]]}
-            for one in rows[split]
+            {"question": row["sentence"], "choices": ten, "answer": row["label"]}
+            for row in rows[split]
+            if row["label"] in ten
         ]
         for split in rows
     }
@@ -231,7 +229,7 @@ PREPARED: dict[str, Callable[[Path], dict[str, list[dict[str, Any]]]]] = {
     "token-classification": _wikigold,
     "question-answering": _squad,
     "translation": _multi30k,
-    "multiple-choice": _volumes,
+    "multiple-choice": _ten_topics,
     SWITCH: _multi30k,
 }
 

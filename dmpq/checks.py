@@ -9,6 +9,7 @@ from typing import Final
 from dmpq.config import SearchConfig
 from dmpq.errors import InputError
 from dmpq.objective import LIMIT_FLAGS, refuse_limit
+from dmpq.threads import use_threads
 
 _LEAST_AND_MOST: Final[Mapping[str, tuple[int, int]]] = {
     "evaluations": (1, 10**9),
@@ -28,16 +29,13 @@ _LEAST_AND_MOST: Final[Mapping[str, tuple[int, int]]] = {
 
 
 def prepare(config: SearchConfig) -> None:
-    """Refuse numbers of no sense, and set torch's threads as a configuration asks.
+    """Refuse numbers of no sense, and use as many threads as a configuration asks for.
 
     Raises:
         InputError: With the flag, the value and what is allowed.
     """
     check_numbers(config)
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
 
 
 def check_numbers(config: SearchConfig) -> None:

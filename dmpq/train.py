@@ -15,6 +15,7 @@ from dmpq.config import add_options, chosen
 from dmpq.console import CommandParser, exit_code, plain_console, progress_bars, quiet_libraries
 from dmpq.errors import InputError
 from dmpq.run_folder import claim, only_run_in
+from dmpq.threads import use_threads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -288,10 +289,7 @@ def _folder(
     name = f"{command}-{Path(config.model).name}-{digest}"
     folder = Path("runs") / name if config.out is None else Path(config.out)
     quiet_libraries()
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
+    use_threads(config.threads)
     claim(folder, digest, asdict(config), written=_WRITTEN)
     console = plain_console()
     with only_run_in(folder), progress_bars(console) as show:

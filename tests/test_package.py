@@ -66,6 +66,7 @@ FLOORS = [
         "checkpoints.tensor_files",
         "engines.rules",
         "installed",
+        "threads",
         "dense_families",
         "upcycled",
     },

@@ -38,6 +38,7 @@ from dmpq.errors import InputError
 from dmpq.files import JsonLines
 from dmpq.guard import label_of, make_agent, run_agent
 from dmpq.referee.contest import Contest
+from dmpq.threads import use_threads
 
 if TYPE_CHECKING:
     from dmpq.agents import Agent, Candidate
@@ -471,9 +472,6 @@ def run_group(
     plan: Plan, model: str, seed: int, folder: Path, report: Callable[[Outcome], None]
 ) -> None:
     """Run one group, and report each outcome; what a process of its own does."""
-    import torch
-
-    if plan.config.threads is not None:
-        torch.set_num_threads(plan.config.threads)
+    use_threads(plan.config.threads)
     for outcome in Group(plan, model, seed, folder).run():
         report(outcome)
